@@ -1,0 +1,61 @@
+"""danlu: one package for the whole life of a language model.
+
+Every verb of the command line is a function here, with a config dataclass of its own::
+
+    from danlu import PretrainConfig, pretrain
+
+    model = pretrain(PretrainConfig(data="data", tokenizer="tok", out="model", minutes=3))
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from danlu.errors import DanluError
+from danlu.verbs import VERBS
+
+__version__ = "0.1.0"
+
+_LAZY = {path.partition(":")[2]: path for verb in VERBS for path in (verb.config, verb.run)}
+
+__all__ = ["DanluError", "__version__", *sorted(_LAZY)]  # noqa: PLE0604
+
+if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type checkers and editors
+    from danlu.data.build import build_data as build_data
+    from danlu.data.config import DataConfig as DataConfig
+    from danlu.data.config import MineConfig as MineConfig
+    from danlu.data.mining import mine_instructions as mine_instructions
+    from danlu.engine.config import ChatConfig as ChatConfig
+    from danlu.engine.config import GenerateConfig as GenerateConfig
+    from danlu.engine.verbs import chat as chat
+    from danlu.engine.verbs import generate as generate
+    from danlu.evaluation.config import EvaluateConfig as EvaluateConfig
+    from danlu.evaluation.evaluate import evaluate as evaluate
+    from danlu.hub.config import PullConfig as PullConfig
+    from danlu.hub.pull import pull as pull
+    from danlu.recipe.config import QuickstartConfig as QuickstartConfig
+    from danlu.recipe.config import RunConfig as RunConfig
+    from danlu.recipe.quickstart import quickstart as quickstart
+    from danlu.recipe.run import run_recipe as run_recipe
+    from danlu.report.build import build_report as build_report
+    from danlu.report.config import ReportConfig as ReportConfig
+    from danlu.report.config import ShowConfig as ShowConfig
+    from danlu.report.show import show as show
+    from danlu.tokenizer.config import TokenizerConfig as TokenizerConfig
+    from danlu.tokenizer.train import train_tokenizer as train_tokenizer
+    from danlu.training.config import FinetuneConfig as FinetuneConfig
+    from danlu.training.config import PretrainConfig as PretrainConfig
+    from danlu.training.finetune import finetune as finetune
+    from danlu.training.pretrain import pretrain as pretrain
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from danlu.verbs import _resolve
+
+        return _resolve(_LAZY[name])
+    raise AttributeError(f"module 'danlu' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

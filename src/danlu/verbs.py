@@ -1,0 +1,71 @@
+"""The table of verbs. The command line, `import danlu` and recipes are all made from it.
+
+A verb is a function that takes one config dataclass. Configs live in modules that import no torch, so that building the whole
+command line stays fast; the function's module is imported when the verb runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """``name`` as typed on the command line (a space for sub-commands); the others are ``module:attribute``."""
+
+    name: str
+    config: str
+    run: str
+    help: str
+
+    def config_type(self) -> type[Any]:
+        """The config dataclass."""
+        found = _resolve(self.config)
+        assert isinstance(found, type)
+        return found
+
+    def function(self) -> Callable[[Any], Any]:
+        """The function that does it."""
+        found = _resolve(self.run)
+        assert callable(found)
+        return found  # type: ignore[no-any-return]
+
+
+def _resolve(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+VERBS: tuple[Verb, ...] = (
+    Verb("quickstart", "danlu.recipe.config:QuickstartConfig", "danlu.recipe.quickstart:quickstart",
+         "From the text on this disk to a model you can talk to, in one go."),
+    Verb("data build", "danlu.data.config:DataConfig", "danlu.data.build:build_data",
+         "Read, clean, deduplicate and split a corpus into a data folder."),
+    Verb("data mine", "danlu.data.config:MineConfig", "danlu.data.mining:mine_instructions",
+         "Mine instruction pairs (signature and docstring -> body) out of source code."),
+    Verb("tokenizer train", "danlu.tokenizer.config:TokenizerConfig", "danlu.tokenizer.train:train_tokenizer",
+         "Train a byte-level BPE tokenizer on a data folder."),
+    Verb("pretrain", "danlu.training.config:PretrainConfig", "danlu.training.pretrain:pretrain",
+         "Train a causal language model from scratch."),
+    Verb("finetune", "danlu.training.config:FinetuneConfig", "danlu.training.finetune:finetune",
+         "Fine-tune a model on chats, instructions or plain text."),
+    Verb("evaluate", "danlu.evaluation.config:EvaluateConfig", "danlu.evaluation.evaluate:evaluate",
+         "Measure a model: bits per byte on held-out text, and whether the code it writes parses."),
+    Verb("generate", "danlu.engine.config:GenerateConfig", "danlu.engine.verbs:generate",
+         "Continue a prompt."),
+    Verb("chat", "danlu.engine.config:ChatConfig", "danlu.engine.verbs:chat",
+         "Talk to a model."),
+    Verb("pull", "danlu.hub.config:PullConfig", "danlu.hub.pull:pull",
+         "Fetch a model or data set: hf:, modelscope:, pypi:, a local path, or a built-in name."),
+    Verb("show", "danlu.report.config:ShowConfig", "danlu.report.show:show",
+         "Show a folder's card, lineage and sizes."),
+    Verb("report", "danlu.report.config:ReportConfig", "danlu.report.build:build_report",
+         "Write one self-contained HTML page about a model and everything it was made from."),
+    Verb("run", "danlu.recipe.config:RunConfig", "danlu.recipe.run:run_recipe",
+         "Run the stages of a recipe file; finished stages are skipped."),
+)  # fmt: skip
+
+VERB_BY_NAME = {verb.name: verb for verb in VERBS}
