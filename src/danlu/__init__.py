@@ -23,7 +23,7 @@ __all__ = ["DanluError", "__version__", *sorted(_LAZY)]  # noqa: PLE0604
 if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type checkers and editors
     from danlu.data.build import build_data as build_data
     from danlu.data.config import DataConfig as DataConfig
-    from danlu.data.config import MineConfig as MineConfig
+    from danlu.data.mining import MineConfig as MineConfig
     from danlu.data.mining import mine_instructions as mine_instructions
     from danlu.engine.config import ChatConfig as ChatConfig
     from danlu.engine.config import GenerateConfig as GenerateConfig

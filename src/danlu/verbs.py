@@ -44,7 +44,7 @@ VERBS: tuple[Verb, ...] = (
          "From the text on this disk to a model you can talk to, in one go."),
     Verb("data build", "danlu.data.config:DataConfig", "danlu.data.build:build_data",
          "Read, clean, deduplicate and split a corpus into a data folder."),
-    Verb("data mine", "danlu.data.config:MineConfig", "danlu.data.mining:mine_instructions",
+    Verb("data mine", "danlu.data.mining:MineConfig", "danlu.data.mining:mine_instructions",
          "Mine instruction pairs (signature and docstring -> body) out of source code."),
     Verb("tokenizer train", "danlu.tokenizer.config:TokenizerConfig", "danlu.tokenizer.train:train_tokenizer",
          "Train a byte-level BPE tokenizer on a data folder."),
