@@ -1,0 +1,1 @@
+"""Reading cards: `danlu show` in the terminal, `danlu report` as one HTML page."""
