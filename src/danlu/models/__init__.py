@@ -1,0 +1,1 @@
+"""Model families, each assembled from `danlu.nn`, with the map to its Hugging Face checkpoint layout."""

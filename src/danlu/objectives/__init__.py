@@ -1,0 +1,1 @@
+"""Losses and their parts as small pure tensor functions."""
