@@ -1,0 +1,1 @@
+"""From a pile of files to a data folder: reading, cleaning, deduplicating, splitting, tokenising, mining."""
