@@ -1,8 +1,8 @@
 """The command line, made from the table of verbs.
 
-Every field of a verb's config becomes an option (positional fields become arguments), with the field's help, default, unit
-and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the command line, where `--lr 0.01`
-and `lr=0.01` mean the same. All of it goes through :func:`danlu.config.load`, which reports every mistake at once.
+Every field of a verb's config becomes an option (positional fields become arguments), with the field's help, default,
+unit and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the command line, where
+`--lr 0.01` and `lr=0.01` mean the same. All go through :func:`danlu.config.load`, which reports every mistake at once.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _assign(
 
 
 def _parameters(fields: Sequence[dataclasses.Field[Any]], hints: dict[str, Any]) -> Iterator[inspect.Parameter]:
-    """One typer parameter a field: a text without default, since types, bounds and defaults are `config.load`'s part."""
+    """One typer parameter a field: a text without default; types, bounds and defaults are `config.load`'s part."""
     rest_name, rest_help = "key=value", "Options without their dashes, as lr=0.01."
     for field in fields:
         if not configs.option_of(field).positional:
