@@ -254,7 +254,7 @@ def _coerce(value: Any, hint: Any) -> Any:
             raise ValueError(f"{value!r} is not a whole number")
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
             raise ValueError(f"{value!r} is not a whole number") from None
         if not math.isfinite(number) or number != int(number):
             raise ValueError(f"{value!r} is not a whole number")
@@ -264,7 +264,7 @@ def _coerce(value: Any, hint: Any) -> Any:
             raise ValueError(f"{value!r} is not a number")
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: a whole number of hundreds of digits
             raise ValueError(f"{value!r} is not a number") from None
         if not math.isfinite(number):
             raise ValueError(f"{value!r} is not a finite number")

@@ -1,0 +1,1 @@
+"""Text out of a model: sampling, batch generation with a KV cache, streaming, chat."""
