@@ -26,4 +26,5 @@ class PullConfig:
     revision: str | None = option(
         None, "Branch, tag or commit on the hub; a full commit hash is pinned and needs no network the second time."
     )
+    refresh: bool = option(False, "Fetch again even if the cache holds it.", affects_result=False)
     overwrite: bool = option(False, "Replace another result in the output folder.", affects_result=False)
