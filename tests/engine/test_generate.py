@@ -1,4 +1,4 @@
-"""Batch generation against transformers' `generate`, against itself without a cache and without neighbours; streaming as a property."""
+"""Batch generation against transformers, and against itself without cache and neighbours; streaming as a property."""
 
 from __future__ import annotations
 
@@ -94,9 +94,10 @@ def test_a_prompt_longer_than_a_prefill_piece(model: CausalLM, monkeypatch: pyte
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_neighbours_change_nothing(model: CausalLM, temperature: float) -> None:
-    """Same answers alone, in one batch (with padding and rows that leave early), in batches of two, and in another order."""
+    """Same answers alone, in one batch (padded, with rows that leave early), in batches of two, in another order."""
     params = [
-        replace(GREEDY, temperature=temperature, seed=i, max_new_tokens=5 + 4 * i, stop=("e",)) for i in range(len(PROMPTS))
+        replace(GREEDY, temperature=temperature, seed=i, max_new_tokens=5 + 4 * i, stop=("e",))
+        for i in range(len(PROMPTS))
     ]
     alone = [generate_text(model, TOKENIZER, [p], q)[0] for p, q in zip(PROMPTS, params, strict=True)]
     assert generate_text(model, TOKENIZER, PROMPTS, params) == alone

@@ -1,4 +1,4 @@
-"""Each step of sampling against the transformers processor of that name, a closed form, or the distribution it must draw from."""
+"""Each step against the transformers processor of that name, a closed form, or the distribution it must draw from."""
 
 from __future__ import annotations
 
