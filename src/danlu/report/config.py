@@ -16,3 +16,17 @@ class ShowConfig:
         REQUIRED, "A data, tokenizer, model or evaluation folder, made by danlu or not.", positional=True
     )
     json: bool = option(False, "Print JSON instead of tables.")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `danlu report` takes."""
+
+    model: Path = option(REQUIRED, "Model folder to tell about.", positional=True)
+    out: Path | None = option(None, "HTML file to write; by default MODEL/report.html.", affects_result=False)
+    evaluations: tuple[Path, ...] = option(
+        (),
+        "Evaluation folders to use; by default those in or beside the model folder that measured it or its forebears.",
+    )
+    title: str | None = option(None, "Heading of the page; by default the name of the model folder.")
+    samples: int = option(6, "Most functions whose completions are shown side by side.", ge=0, le=100)
