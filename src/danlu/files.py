@@ -124,6 +124,13 @@ def as_user_error(error: OSError, path: str | Path) -> DanluError:
     return DanluError(f"{path}: {error.strerror or error}")
 
 
+def cache_home() -> Path:
+    """The folder for what can be made or fetched again: ``$DANLU_HOME``, else ``~/.cache/danlu`` (``$XDG_CACHE_HOME`` counts)."""
+    if home := os.environ.get("DANLU_HOME"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "danlu"
+
+
 def human_bytes(n_bytes: float) -> str:
     """1536 -> '1.5 KB' (powers of 1024)."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):

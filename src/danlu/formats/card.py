@@ -200,3 +200,7 @@ class Stage:
         self.card.save(self.out)
         (self.out / RUN).unlink(missing_ok=True)
         return self.card
+
+    def abandon(self) -> None:
+        """Let go of the folder after a mistake that was found before anything was written, so that a mended command can have it."""
+        (self.out / RUN).unlink(missing_ok=True)
