@@ -1,0 +1,243 @@
+"""`danlu show`: what a folder is, what it was made from, how big it is; read from cards and headers, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from danlu import files
+from danlu.config import validate
+from danlu.console import out as stdout
+from danlu.errors import DanluError
+from danlu.formats.card import CARD, RUN, Card, card_if_any
+from danlu.report.config import ShowConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.tree import Tree
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header that the safetensors format allows."""
+
+_TELLING = ("parameters", "heldout_bits_per_byte", "bits_per_byte", "vocab_size", "documents_kept", "train_documents")
+"""Metrics worth a place in the lineage tree."""
+
+
+def show(config: ShowConfig) -> dict[str, Any]:
+    """Print a folder's card, sizes and lineage, and return them.
+
+    Raises:
+        DanluError: no such folder, nothing in it that danlu knows, or a broken card or weights file.
+    """
+    config = validate(config)
+    found = describe(config.folder)
+    if config.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+    return found
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """What is known of a folder.
+
+    Returns:
+        ``folder``, ``kind``, ``card`` (or None), ``unfinished`` (the verb of a run that was not finished, or None), ``model``
+        (the main numbers of config.json, or None), ``weights`` (:func:`count_weights`, or None), ``files`` (name -> bytes;
+        a sub-folder counts as one), ``bytes``, and ``changed``: files whose size is no longer the card's.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        what = "is a file; give the folder it lies in" if path.exists() else "does not exist"
+        raise DanluError(f"{path}: {what}")
+    card = card_if_any(path)
+    run = files.read_json(path / RUN) if card is None and (path / RUN).exists() else None
+    unfinished = str(run.get("verb")) if isinstance(run, dict) else None
+    tensors = sorted(path.glob("*.safetensors"))
+    is_model = (path / "config.json").exists() or tensors or list(path.glob("*.gguf"))
+    if card is not None:
+        kind: str = card.kind
+    elif unfinished is not None:
+        kind = "unfinished"
+    elif is_model:
+        kind = "model"
+    elif (path / "tokenizer.json").exists():
+        kind = "tokenizer"
+    else:
+        raise DanluError(f"{path}: holds no {CARD} and no model; give a folder made by danlu, or a model folder")
+    sizes = {member.name: _size(member) for member in sorted(path.iterdir()) if not member.name.startswith(".")}
+    noted = card.files if card is not None else {}
+    return {
+        "folder": str(path),
+        "kind": kind,
+        "card": dataclasses.asdict(card) if card is not None else None,
+        "unfinished": unfinished,
+        "model": _model_numbers(path / "config.json") if is_model and (path / "config.json").exists() else None,
+        "weights": count_weights(tensors) if tensors else None,
+        "files": sizes,
+        "bytes": sum(sizes.values()),
+        "changed": [name for name, entry in noted.items() if sizes.get(name) != entry.get("bytes")],
+    }
+
+
+def count_weights(paths: list[Path]) -> dict[str, Any]:
+    """Parameters and bytes by dtype, from the headers of safetensors files.
+
+    Returns:
+        ``parameters``, ``tensors`` (counts) and ``by_dtype``: dtype -> {parameters, bytes}.
+
+    Raises:
+        DanluError: a file is cut short or its header is broken.
+    """
+    by_dtype: dict[str, dict[str, int]] = {}
+    tensors = 0
+    for path in paths:
+        for dtype, shape, n_bytes in _read_header(path):
+            entry = by_dtype.setdefault(dtype, {"parameters": 0, "bytes": 0})
+            entry["parameters"] += math.prod(shape)
+            entry["bytes"] += n_bytes
+            tensors += 1
+    total = sum(entry["parameters"] for entry in by_dtype.values())
+    return {"parameters": total, "tensors": tensors, "by_dtype": by_dtype}
+
+
+def _read_header(path: Path) -> Iterator[tuple[str, list[int], int]]:
+    """(dtype, shape, bytes) of each tensor: 8 bytes of length (little endian), that much JSON, then the data."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise DanluError(f"{path}: is no safetensors file or is cut short ({size} bytes); fetch or save it again")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [
+            (str(t["dtype"]), [int(n) for n in t["shape"]], *map(int, t["data_offsets"])) for t in header.values()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DanluError(f"{path}: its safetensors header is broken ({error}); fetch or save it again") from error
+    end = max((entry[3] for entry in entries), default=0)
+    if 8 + length + end != size or any(entry[2] > entry[3] for entry in entries):
+        raise DanluError(
+            f"{path}: its header promises {8 + length + end} bytes and it has {size}; it is cut short or damaged, "
+            "fetch or save it again"
+        )
+    for dtype, shape, begin, stop in entries:
+        yield dtype, shape, stop - begin
+
+
+def _model_numbers(path: Path) -> dict[str, Any]:
+    """The plain values of config.json (of its text part, where a model has several)."""
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise DanluError(f"{path}: must hold a JSON object")
+    content = {**content, **content["text_config"]} if isinstance(content.get("text_config"), dict) else content
+    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    keys += (
+        "intermediate_size",
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+    )
+    return {key: content[key] for key in ("architectures", *keys) if key in content}
+
+
+def _size(path: Path) -> int:
+    if path.is_dir():
+        return sum(member.stat().st_size for member in path.rglob("*") if member.is_file())
+    return path.stat().st_size if path.exists() else 0  # a link that leads nowhere
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = stdout()
+    card = Card.from_dict(found["card"], found["folder"]) if found["card"] is not None else None
+    console.print(Text(_plain(f"{found['kind']}  {found['folder']}"), style="bold"))
+    if card is not None:
+        made = (
+            f"made by danlu {card.verb} on {card.created} in {card.seconds:,.1f} s, fingerprint {card.fingerprint[:12]}"
+        )
+        console.print(Text(_plain(made)))
+    elif found["unfinished"]:
+        console.print(
+            Text(_plain(f"an unfinished run of danlu {found['unfinished']}; the same command goes on with it"))
+        )
+    else:
+        console.print("not made by danlu: it has no card")
+    sections: list[tuple[str, Table | Tree]] = []
+    if found["model"]:
+        sections.append(("model", _table(found["model"])))
+    if found["weights"]:
+        weights = found["weights"]
+        rows = {"parameters": weights["parameters"], "tensors": weights["tensors"]}
+        for dtype, entry in weights["by_dtype"].items():
+            rows[dtype] = f"{entry['parameters']:,} parameters, {files.human_bytes(entry['bytes'])}"
+        sections.append(("weights", _table(rows)))
+    if card is not None:
+        sections.append(("metrics", _table(card.metrics)))
+        sections.append(("config", _table(card.config)))
+        sections.append(("lineage", _tree(card, found["folder"])))
+    changed = found["changed"]
+    sizes = {
+        name: files.human_bytes(size) + (" (changed)" * (name in changed)) for name, size in found["files"].items()
+    }
+    sizes |= {name: "gone" for name in changed if name not in sizes}
+    sections.append((f"files, {files.human_bytes(found['bytes'])}", _table(sizes)))
+    for title, body in sections:
+        console.print(Group(Text(f"\n{title}", style="bold cyan"), Padding(body, (0, 0, 0, 2))))
+
+
+def _table(values: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{inner}: {_spell(inner, content)}" for inner, content in value.items())
+        table.add_row(Text(_plain(key)), Text(_plain(_spell(key, value))))
+    return table
+
+
+def _tree(card: Card, path: str) -> Tree:
+    """What an artifact was made from, and that from what, as far as cards tell."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    facts = [f"{key} {_spell(key, card.metrics[key])}" for key in _TELLING if card.metrics.get(key) is not None]
+    branch = Tree(Text(_plain("  ".join([path, f"danlu {card.verb}", *facts]))))
+    for item in card.inputs:
+        if item.card is None:
+            branch.add(Text(_plain(f"{item.role}: {item.path}  (no card, fingerprint {item.fingerprint[:12]})")))
+        else:
+            branch.add(_tree(Card.from_dict(item.card), f"{item.role}: {item.path}"))
+    return branch
+
+
+def _spell(key: str, value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return files.human_bytes(value) if "bytes" in key else f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_spell(key, item) for item in value)
+    return str(value)
+
+
+def _plain(text: object) -> str:
+    """Cards come from anywhere; their texts must not steer the terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
