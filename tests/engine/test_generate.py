@@ -31,6 +31,9 @@ class ByteTokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(i for i in ids if i < 256)
 
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
 
 TOKENIZER = ByteTokenizer()
 GREEDY = SamplingParams(temperature=0, max_new_tokens=20)

@@ -8,11 +8,10 @@ from typing import Literal
 
 from danlu.config import REQUIRED, option
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
-DEVICE_HELP = "Where the model runs; auto takes the GPU if there is one."
-DTYPE_HELP = "Precision of weights and cache; auto is bfloat16 on a GPU and float32 on a CPU."
+DEVICE_HELP = "Where the model runs: auto, cpu, cuda or cuda:N."
+PRECISION_HELP = "Dtype of weights and cache; auto: bf16 where the hardware computes it, else fp32."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,8 @@ class GenerateConfig(SamplingParams):
     )
     batch_size: int = option(32, "Prompts of a file that are decoded together.", ge=1)
     temperature: float = option(0.8, "Divides the logits; 0 is greedy: always the most likely token.", ge=0, le=100)
-    device: Device = option("auto", DEVICE_HELP)
-    dtype: Dtype = option("auto", DTYPE_HELP)
+    device: str = option("auto", DEVICE_HELP)
+    precision: Precision = option("auto", PRECISION_HELP)
 
     def problems(self) -> list[str]:
         """As in :class:`SamplingParams`; also, there is one source of prompts."""
@@ -76,5 +75,5 @@ class ChatConfig(SamplingParams):
     top_p: float = option(
         0.95, "Keep the fewest most likely tokens whose probabilities sum to p; 1 keeps all.", gt=0, le=1
     )
-    device: Device = option("auto", DEVICE_HELP)
-    dtype: Dtype = option("auto", DTYPE_HELP)
+    device: str = option("auto", DEVICE_HELP)
+    precision: Precision = option("auto", PRECISION_HELP)

@@ -110,7 +110,8 @@ class TextStream:
 
     Held back are bytes that do not make a whole character yet (they are dropped if it never comes) and text that may
     turn out to be the start of a stop string. The text does not depend on how it is cut into tokens: it ends before the
-    stop string that is complete first (of several that end at the same place: the longest).
+    stop string that is complete first (of several that end at the same place: the longest). Special tokens are left
+    out, but for those that structure an answer (thinking, tool calls), as in :meth:`Tokenizer.decode`.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -122,7 +123,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain (often empty)."""
-        return self.push_bytes(self._tokenizer.decode_bytes([token_id]))
+        ids = [token_id]
+        shown = self._tokenizer.decode(ids, skip_special=True) != ""
+        return self.push_bytes(self._tokenizer.decode_bytes(ids)) if shown else ""
 
     def push_bytes(self, data: bytes) -> str:
         """Add the bytes of a token."""

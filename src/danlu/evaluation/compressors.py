@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from danlu.errors import DanluError
 
 PRIME_BYTES = 64 << 20
-"""At most this much training text primes xz: the dictionary of `xz -9`. Encoding takes about 12 times the dictionary."""
+"""At most this much training text primes xz: the dictionary of `xz -9`. Encoding takes 12 times the dictionary."""
 
 
 def compressor_bits_per_byte(train: Iterable[str], heldout: Iterable[str]) -> dict[str, float]:

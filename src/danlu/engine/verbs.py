@@ -1,0 +1,220 @@
+"""`danlu generate` and `danlu chat`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from danlu import console
+from danlu.config import validate
+from danlu.engine.config import ChatConfig, GenerateConfig
+from danlu.engine.generate import generate_text, stream_text
+from danlu.engine.sampling import SamplingParams
+from danlu.errors import DanluError
+from danlu.formats.card import card_if_any
+from danlu.models.causal_lm import CausalLM
+from danlu.models.load import load_model
+from danlu.tokenizer.tokenizer import Tokenizer
+from danlu.training.hardware import DTYPES, pick_device, pick_precision
+
+Message = dict[str, str]
+
+COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message, /exit or Ctrl-D leaves"
+
+
+def open_model(folder: Path, device: str, precision: str) -> tuple[CausalLM, Tokenizer]:
+    """A model and its tokenizer, ready to run.
+
+    Raises:
+        DanluError: the folder is missing, incomplete, of another kind, or in a format that cannot be run yet.
+    """
+    if folder.is_dir():
+        card = card_if_any(folder)
+        if card is not None and card.kind != "model":
+            raise DanluError(f"{folder}: is a {card.kind} folder; expected a model folder")
+        gguf = next(folder.glob("*.gguf"), None)
+        if gguf is not None and not (folder / "config.json").exists():
+            raise DanluError(f"{gguf}: GGUF files can be pulled but not run yet; use a folder with model.safetensors")
+    place = pick_device(device)
+    model = load_model(folder, device=place, dtype=DTYPES[pick_precision(precision, place)])
+    return model, Tokenizer.load(folder)
+
+
+def generate(config: GenerateConfig) -> list[str]:
+    """Continue one prompt, streamed to standard output, or each prompt of a file; returns the answers.
+
+    Raises:
+        DanluError: no prompt, a prompt that does not fit the model, or a folder that is not a model.
+    """
+    config = validate(config)
+    prompts = _read_prompts(config)
+    model, tokenizer = open_model(config.model, config.device, config.precision)
+    if not config.json and config.prompts_file is None:
+        pieces = []
+        for piece in stream_text(model, tokenizer, prompts[0], config):
+            pieces.append(piece)
+            _show(piece)
+        _show("\n")
+        return ["".join(pieces)]
+    params = [_with_own_seed(config, i) for i in range(len(prompts))]
+    with console.progress("generating", len(prompts), "prompts") as advance:
+        completions = generate_text(model, tokenizer, prompts, params, batch_size=config.batch_size, progress=advance)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False), flush=True)
+    return [completion.text for completion in completions]
+
+
+def _read_prompts(config: GenerateConfig) -> list[str]:
+    if config.prompt is not None:
+        return [config.prompt]
+    if config.prompts_file is not None:
+        return list(_prompts_of(config.prompts_file))
+    if sys.stdin.isatty():
+        raise DanluError("nothing to continue: give --prompt TEXT, --prompts-file FILE, or text on standard input")
+    try:
+        return [sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")]
+    except UnicodeDecodeError as error:
+        raise DanluError(f"standard input: is not UTF-8 text (byte {error.start})") from error
+
+
+def _prompts_of(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DanluError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DanluError(f"{path}: is not UTF-8 text (byte {error.start})") from error
+    if not any(map(str.strip, lines)):
+        raise DanluError(f"{path}: holds no prompts; write one JSON text a line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DanluError(f"{path}:{number}: is not valid JSON ({error}); put the text in quotes") from error
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if not isinstance(prompt, str):
+            raise DanluError(f'{path}:{number}: expected a JSON text or {{"prompt": text}}')
+        yield prompt
+
+
+def chat(config: ChatConfig) -> list[Message]:
+    """Talk to a model: reads lines, streams answers, until the input ends or ``/exit``. Returns the conversation.
+
+    At a terminal Ctrl-C stops the answer and keeps what was said so far; elsewhere lines are read from standard input.
+
+    Raises:
+        DanluError: the folder is not a model, or has no chat template.
+    """
+    config = validate(config)
+    model, tokenizer = open_model(config.model, config.device, config.precision)
+    system, messages = config.system, _opening(config.system)
+    tokenizer.encode_chat([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)  # has a template?
+    card = card_if_any(config.model)
+    if card is not None and card.verb == "pretrain":
+        console.warn(f"{config.model} has never seen a conversation; make it a chat model with: danlu finetune")
+    console.note(f"Say something. Ctrl-C stops an answer; {COMMANDS}.")
+    answers = 0
+    for line in _lines():
+        command, _, rest = line.strip().partition(" ")
+        if not command:
+            continue
+        if command == "/exit":
+            break
+        if command in ("/reset", "/system"):
+            system = rest.strip() or None if command == "/system" else system
+            messages = _opening(system)
+            console.note("A new conversation begins.")
+        elif command.startswith("/"):
+            console.warn(f"there is no command {command}; {COMMANDS}")
+        else:
+            try:
+                asked = [*messages, {"role": "user", "content": line}]
+                room = min(config.max_new_tokens, model.config.context // 4)
+                asked, prompt, dropped = fit_context(tokenizer, asked, model.config.context - room)
+            except DanluError as error:
+                console.warn(str(error))
+                continue
+            if dropped:
+                console.note(
+                    f"The conversation outgrew the model's context; its {dropped} oldest messages are forgotten."
+                )
+            if answer := _answer(model, tokenizer, prompt, _with_own_seed(config, answers)):
+                messages = [*asked, {"role": "assistant", "content": answer}]
+            answers += 1
+    return messages
+
+
+def fit_context(tokenizer: Tokenizer, messages: list[Message], max_tokens: int) -> tuple[list[Message], list[int], int]:
+    """The newest messages that fit, from a user's message on and with the system message kept.
+
+    Returns:
+        The messages, the tokens of the prompt they make, and how many messages were dropped.
+
+    Raises:
+        DanluError: the last message alone is too long.
+    """
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    turns = messages[len(system) :]
+    starts = [i for i, message in enumerate(turns) if message["role"] == "user"]
+    for start in starts:
+        kept = [*system, *turns[start:]]
+        ids = tokenizer.encode_chat(kept, add_generation_prompt=True)
+        if len(ids) <= max_tokens:
+            return kept, ids, start
+    raise DanluError(f"the message takes {len(ids)} tokens and {max_tokens} fit the model's context; shorten it")
+
+
+def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> str:
+    """Stream one answer; Ctrl-C ends it where it is."""
+    pieces: list[str] = []
+    try:
+        for piece in stream_text(model, tokenizer, prompt, params):
+            pieces.append(piece)
+            _show(piece)
+    except KeyboardInterrupt:
+        console.note("\n(stopped)")
+    _show("\n")
+    return "".join(pieces)
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the user until the end of input. At a terminal with line editing; Ctrl-C there only clears the line."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        import readline  # noqa: F401 (gives input() history and editing)
+    while True:
+        try:
+            if at_terminal:
+                yield input("> ")
+            elif line := sys.stdin.buffer.readline():
+                yield line.decode("utf-8", errors="replace").rstrip("\r\n")
+            else:
+                return
+        except KeyboardInterrupt:
+            console.note("\n(Ctrl-D or /exit leaves)")
+        except EOFError:
+            _show("\n")
+            return
+
+
+def _with_own_seed(params: SamplingParams, number: int) -> SamplingParams:
+    """Parameters whose draws differ from those of the other answers of the same run."""
+    return params if params.seed is None else dataclasses.replace(params, seed=(params.seed + number) % 2**63)
+
+
+_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\t\n"}
+
+
+def _show(text: str) -> None:
+    """Print at once. A terminal gets no control characters: what a model writes must not steer it."""
+    sys.stdout.write(text.translate(_CONTROL) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
