@@ -79,6 +79,7 @@ def _place(found: Path, out: Path, config: PullConfig) -> Path:
     if stage.finished:
         note(f"{out}: already holds this; nothing to do")
         return out
+    stage.card.inputs[0].path = config.source  # where in the cache it lies tells nobody anything
     members = {found.name: found} if found.is_file() else _members(found)
     sizes = {name: path.stat().st_size for name, path in members.items()}
     files.require_space(out, sum(sizes.values()), config.source)

@@ -47,9 +47,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """What is known of a folder.
 
     Returns:
-        ``folder``, ``kind``, ``card`` (or None), ``unfinished`` (the verb of a run that was not finished, or None), ``model``
-        (the main numbers of config.json, or None), ``weights`` (:func:`count_weights`, or None), ``files`` (name -> bytes;
-        a sub-folder counts as one), ``bytes``, and ``changed``: files whose size is no longer the card's.
+        ``folder``, ``kind``, ``card`` (or None), ``unfinished`` (the verb of a run that was not finished, or None),
+        ``model`` (the main numbers of config.json, or None), ``weights`` (:func:`count_weights`, or None), ``files``
+        (name -> bytes; a sub-folder counts as one), ``bytes``, and ``changed``: files whose size is no longer the card's.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -118,9 +118,10 @@ def _read_header(path: Path) -> Iterator[tuple[str, list[int], int]]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = [
-            (str(t["dtype"]), [int(n) for n in t["shape"]], *map(int, t["data_offsets"])) for t in header.values()
-        ]
+        entries: list[tuple[str, list[int], int, int]] = []
+        for tensor in header.values():
+            begin, stop = tensor["data_offsets"]
+            entries.append((str(tensor["dtype"]), [int(n) for n in tensor["shape"]], int(begin), int(stop)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DanluError(f"{path}: its safetensors header is broken ({error}); fetch or save it again") from error
     end = max((entry[3] for entry in entries), default=0)
@@ -139,16 +140,9 @@ def _model_numbers(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DanluError(f"{path}: must hold a JSON object")
     content = {**content, **content["text_config"]} if isinstance(content.get("text_config"), dict) else content
-    keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    keys += (
-        "intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "dtype",
-        "torch_dtype",
-    )
-    return {key: content[key] for key in ("architectures", *keys) if key in content}
+    keys = "architectures model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    keys += "intermediate_size vocab_size max_position_embeddings tie_word_embeddings dtype torch_dtype"
+    return {key: content[key] for key in keys.split() if key in content}
 
 
 def _size(path: Path) -> int:
@@ -217,10 +211,11 @@ def _tree(card: Card, path: str) -> Tree:
     from rich.tree import Tree
 
     facts = [f"{key} {_spell(key, card.metrics[key])}" for key in _TELLING if card.metrics.get(key) is not None]
-    branch = Tree(Text(_plain("  ".join([path, f"danlu {card.verb}", *facts]))))
+    branch = Tree(Text(_plain("  ".join([path, f"danlu {card.verb}", *facts])), overflow="fold"))
     for item in card.inputs:
         if item.card is None:
-            branch.add(Text(_plain(f"{item.role}: {item.path}  (no card, fingerprint {item.fingerprint[:12]})")))
+            leaf = f"{item.role}: {item.path}  (no card, fingerprint {item.fingerprint[:12]})"
+            branch.add(Text(_plain(leaf), overflow="fold"))
         else:
             branch.add(_tree(Card.from_dict(item.card), f"{item.role}: {item.path}"))
     return branch
