@@ -2,8 +2,8 @@
 
     DIR/train-00000.parquet  DIR/train-00001.parquet ...  DIR/heldout-00000.parquet ...  DIR/danlu.json
 
-Columns: ``id, text, source, path, sha256, kind, meta`` (``meta`` is a JSON object of strings, which every Parquet reader
-understands). Anything that makes such a folder writes it through :class:`ShardWriter`; anything that reads one goes through
+Columns: ``id, text, source, path, sha256, kind, meta``; ``meta`` is a JSON object of strings, which every Parquet
+reader understands. Whatever makes such a folder writes it through :class:`ShardWriter`; whatever reads one goes through
 :class:`DataFolder`.
 """
 
@@ -37,8 +37,8 @@ ROW_GROUP_BYTES = 8 << 20
 class Document:
     """One document, or one chunk of a long one.
 
-    ``text`` of a chat is the JSON ``{"messages": [{"role": ..., "content": ...}, ...]}``. ``sha256`` is the hex digest of
-    ``text``; it is computed when it is not given. ``source`` names the corpus the document came from, ``path`` the file in it.
+    ``text`` of a chat is the JSON ``{"messages": [{"role": ..., "content": ...}, ...]}``. ``sha256`` is the hex digest
+    of ``text``, computed when it is not given. ``source`` names the corpus, ``path`` the file inside it.
     """
 
     id: str
