@@ -125,7 +125,7 @@ def as_user_error(error: OSError, path: str | Path) -> DanluError:
 
 
 def cache_home() -> Path:
-    """The folder for what can be made or fetched again: ``$DANLU_HOME``, else ``~/.cache/danlu`` (``$XDG_CACHE_HOME`` counts)."""
+    """The folder for what can be fetched or made again: ``$DANLU_HOME``, else ``danlu`` in the user's cache folder."""
     if home := os.environ.get("DANLU_HOME"):
         return Path(home).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "danlu"

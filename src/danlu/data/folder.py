@@ -104,15 +104,22 @@ class DataFolder:
                 f"{self.path}: has no split {split!r}; it holds {', '.join(self.splits()) or 'no documents'}"
             )
         for shard in shards:
-            try:
-                with pq.ParquetFile(shard) as file:
-                    for group in range(file.num_row_groups):
-                        for row in file.read_row_group(group, columns=SCHEMA.names).to_pylist():
-                            yield Document(**{**row, "meta": json.loads(row["meta"])})
-            except (pa.ArrowException, OSError, ValueError) as error:
-                raise DanluError(
-                    f"{shard}: cannot be read as a data shard ({error}); build the data folder again"
-                ) from error
+            yield from read_shard(shard)
+
+
+def read_shard(shard: Path) -> Iterator[Document]:
+    """The documents of one shard, in order; at most one row group is in memory.
+
+    Raises:
+        DanluError: the shard is damaged.
+    """
+    try:
+        with pq.ParquetFile(shard) as file:
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group, columns=SCHEMA.names).to_pylist():
+                    yield Document(**{**row, "meta": json.loads(row["meta"])})
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DanluError(f"{shard}: cannot be read as a data shard ({error}); build the data folder again") from error
 
 
 class ShardWriter:

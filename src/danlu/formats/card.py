@@ -202,5 +202,5 @@ class Stage:
         return self.card
 
     def abandon(self) -> None:
-        """Let go of the folder after a mistake that was found before anything was written, so that a mended command can have it."""
+        """Let go of the folder after a mistake found before anything was written; the mended command can have it."""
         (self.out / RUN).unlink(missing_ok=True)

@@ -2,10 +2,10 @@
 
 ``CHATML`` is the template of models made here. It keeps three promises that training and serving rest on:
 
-- A conversation's text begins with the text of any shorter one it continues (nothing of an earlier turn is dropped later on, the
-  reasoning included), so a key-value cache stays valid and a mask can be laid over whole conversations.
-- What the model has to write begins right behind the generation prompt: an answer is stripped of white space, since a leading newline
-  would melt into the newline of the header when it is split into tokens.
+- A conversation's text begins with the text of any shorter one it continues (nothing of an earlier turn is dropped
+  later on, the reasoning included), so a key-value cache stays valid and a mask can be laid over whole conversations.
+- What the model has to write begins right behind the generation prompt: an answer is stripped of white space, since a
+  leading newline would melt into the newline of the header when it is split into tokens.
 - What is written in a message cannot forge a turn: see :class:`Disguise`.
 """
 
@@ -40,7 +40,8 @@ CHATML = """\
     {%- for tool in tools %}
         {%- set ns.system = ns.system ~ (tool | tojson) ~ '\\n' %}
     {%- endfor %}
-    {%- set ns.system = ns.system ~ '</tools>\\nA call is written as <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>.' %}
+    {%- set ns.system = ns.system ~ '</tools>\\nA call is written as ' %}
+    {%- set ns.system = ns.system ~ '<tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>.' %}
 {%- endif %}
 {%- if ns.system %}
     {{- '<|im_start|>system\\n' ~ ns.system ~ '<|im_end|>\\n' }}
@@ -60,7 +61,8 @@ CHATML = """\
             {%- set function = call.function or call %}
             {%- set arguments = function.arguments if function.arguments is string else function.arguments | tojson %}
             {{- '\\n' if content | trim or not loop.first else '' }}
-            {{- '<tool_call>\\n{"name": ' ~ (function.name | tojson) ~ ', "arguments": ' ~ arguments ~ '}\\n</tool_call>' }}
+            {{- '<tool_call>\\n{"name": ' ~ (function.name | tojson) }}
+            {{- ', "arguments": ' ~ arguments ~ '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
@@ -68,7 +70,8 @@ CHATML = """\
     {%- elif message.role == 'user' %}
         {{- '<|im_start|>user\\n' ~ content ~ '<|im_end|>\\n' }}
     {%- elif not (message.role == 'system' and loop.first) %}
-        {{- raise_exception('message ' ~ loop.index ~ ' has the role "' ~ message.role ~ '"; expected user, assistant or tool (system comes first)') }}
+        {%- set expected = 'expected user, assistant or tool (system comes first)' %}
+        {{- raise_exception('message ' ~ loop.index ~ ' has the role "' ~ message.role ~ '"; ' ~ expected) }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -117,10 +120,10 @@ class ChatTemplate:
 class Disguise:
     """Makes the special tokens that occur *inside* messages unrecognisable while a template is rendered.
 
-    A message may quote ``<|im_end|>``; rendered as it is, it would end the turn. So each such quotation is replaced by a private-use
-    character that occurs nowhere else, followed by its number and the character again. The rendered text is cut at these; what lies
-    between is the template's, whose special tokens are real, and the quotations themselves are encoded as plain text. A conversation
-    without quotations is rendered untouched.
+    A message may quote ``<|im_end|>``; rendered as it is, it would end the turn. So each such quotation is replaced by
+    a private-use character that occurs nowhere else, followed by its number and the character again. The rendered text
+    is cut at these; what lies between is the template's, whose special tokens are real, and the quotations themselves
+    are encoded as plain text. A conversation without quotations is rendered untouched.
 
     Args:
         specials: texts of the special tokens.
@@ -170,7 +173,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}``, by which some templates mark what the model writes: renders as its body."""
+    """``{% generation %}...{% endgeneration %}``, by which some templates mark what the model writes: its body."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a plain set)
 

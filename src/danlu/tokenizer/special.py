@@ -10,7 +10,8 @@ PAD: Final = "<|pad|>"
 IM_START: Final = "<|im_start|>"
 IM_END: Final = "<|im_end|>"
 
-# What a model writes for a program to read. Decoders keep these when they leave out special tokens, as those of Qwen and Hermes do.
+# What a model writes for a program to read. Decoders keep these when they leave out special tokens, as those of Qwen
+# and Hermes do.
 THINK: Final = ("<think>", "</think>")
 TOOL_CALL: Final = ("<tool_call>", "</tool_call>")
 TOOL_RESPONSE: Final = ("<tool_response>", "</tool_response>")

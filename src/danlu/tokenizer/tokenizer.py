@@ -1,11 +1,12 @@
 """The tokenizer: text, bytes and chats to ids and back, on top of the Hugging Face `tokenizers` library.
 
-Two rules hold everywhere. Nothing is normalised, so decoding gives back exactly what was encoded. And text is only text: ``<|im_end|>``
-in a document or in a user's message is nine characters like any others, unless the caller says ``allow_special=True``; only a chat
-template's own markers become special tokens.
+Two rules hold everywhere. Nothing is normalised, so decoding gives back exactly what was encoded. And text is only
+text: ``<|im_end|>`` in a document or in a user's message is nine characters like any others, unless the caller says
+``allow_special=True``; only a chat template's own markers become special tokens.
 
-A folder in the Hugging Face layout is what is read and written: ``tokenizer.json``, ``tokenizer_config.json`` (with the chat template)
-and ``special_tokens_map.json``; `transformers.AutoTokenizer` opens the same folder and gives the same ids.
+A folder in the Hugging Face layout is what is read and written: ``tokenizer.json``, ``tokenizer_config.json`` (with
+the chat template) and ``special_tokens_map.json``; `transformers.AutoTokenizer` opens the same folder and gives the
+same ids.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Tokenizer:
         self._where = where
         added = self._definition.get("added_tokens") or []
         self._full = _build(self._definition, where)
-        # The same vocabulary without markers, for text that is only text. Added tokens that are ordinary text (some families add runs
-        # of spaces) stay in: models were trained on them.
+        # The same vocabulary without markers, for text that is only text. Added tokens that are ordinary text (some
+        # families add runs of spaces) stay in: models were trained on them.
         self._plain = _build({**self._definition, "added_tokens": [t for t in added if not _is_marker(t)]}, where)
 
         self._markers: dict[str, int] = {token["content"]: token["id"] for token in added if _is_marker(token)}
@@ -205,7 +206,8 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, as ``apply_chat_template(tokenize=False)`` of transformers renders it.
 
-        Reasoning written inside an assistant's content, as ``<think>...</think>answer``, counts as its ``reasoning_content``.
+        Reasoning written inside an assistant's content, as ``<think>...</think>answer``, counts as its
+        ``reasoning_content``.
 
         Args:
             add_generation_prompt: end with the header of an answer, for the model to go on.
@@ -221,7 +223,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> list[int]:
-        """Ids of :meth:`render_chat`. Only the template's markers become special tokens, never what messages or tools say."""
+        """Ids of :meth:`render_chat`. The template's markers are special tokens; what messages or tools say never is."""
         template = self._require_template()
         disguise = Disguise(list(self._markers), template.source)
         conversation = disguise.put_on({"messages": [_plain_message(m) for m in messages], "tools": tools})
@@ -242,13 +244,15 @@ class Tokenizer:
         """Ids of a conversation, and which of them a model should learn to write.
 
         Args:
-            train_on: ``assistant``: what the assistant says in any turn, with the token that ends the turn; ``all``: every token.
+            train_on: ``assistant``: what the assistant says in any turn, with the token that ends the turn; ``all``:
+            every token.
 
         Returns:
             ``(ids, mask)`` of equal length; ``mask[i]`` tells that token ``i`` is a target.
 
         Raises:
-            DanluError: the tokens of a prompt are not a prefix of the tokens of prompt and answer, so that the model would be
+            DanluError: the tokens of a prompt are not a prefix of the tokens of prompt and answer, so that the model
+            would be
                 trained on other tokens than it meets when it is used. Templates that rewrite earlier turns do this.
         """
         ids = self.encode_chat(messages, tools=tools)
@@ -262,8 +266,8 @@ class Tokenizer:
             answered = self.encode_chat(messages[: turn + 1], tools=tools)
             if ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
                 raise DanluError(
-                    f"message {turn + 1}: the tokens of its prompt are not a prefix of the tokens of prompt and answer; "
-                    "the chat template changes earlier turns, or the answer melts into the prompt: train on the last turn only, or mend the template"
+                    f"message {turn + 1}: its prompt's tokens are not a prefix of the tokens of prompt and answer; "
+                    "the chat template rewrites earlier turns or joins the answer to its header: mend the template"
                 )
             end = len(answered)
             while end > len(prompt) and answered[end - 1] not in self.stop_ids:
@@ -383,7 +387,7 @@ def _require_encodable(text: str) -> None:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2): printable Latin-1 as itself, the rest from U+0100 on."""
+    """The character that stands for each byte in GPT-2's alphabet: printable Latin-1 itself, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}

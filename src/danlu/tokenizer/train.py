@@ -1,4 +1,4 @@
-"""`danlu tokenizer train`: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019) of a data folder."""
+"""`danlu tokenizer train`: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) of a data folder."""
 
 from __future__ import annotations
 
@@ -19,22 +19,26 @@ from danlu.tokenizer.config import TokenizerConfig
 from danlu.tokenizer.special import END_OF_TEXT, KEPT_WHEN_DECODED, PAD, SPECIAL_TOKENS
 from danlu.tokenizer.tokenizer import Tokenizer
 
-# Text is cut into pieces by this pattern before pairs are merged, so no token crosses a cut. It follows GPT-4's (a word takes the one
-# character before it, blank or not: " word", ".attribute", "_part"), with these changes, measured in docs/log.md:
+# Text is cut into pieces by this pattern before pairs are merged, so no token crosses a cut. It follows GPT-4's (a
+# word takes the one character before it, blank or not: " word", ".attribute", "_part"), with these changes, measured
+# in docs/log.md:
 SCRIPTS_OF_THEIR_OWN = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 PRE_TOKENS = "|".join(
     (
-        # "it's": the ending is cut off only behind a letter and at the end of a word, since in code 'start' is a string, not 's + tart.
+        # "it's": the ending is cut off only behind a letter and at the end of a word, since in code 'start' is a
+        # string, not 's + tart.
         r"(?<=\p{L})'(?i:s|t|re|ve|m|ll|d)(?!\p{L})",
-        # Scripts written without blanks: apart from other scripts, and in stretches of at most 12, or a whole sentence would be a piece
-        # and frequent sentences would become tokens (cl100k and Qwen have such ones). Costs 1 % of compression on Chinese.
+        # Scripts written without blanks: apart from other scripts, and in stretches of at most 12, or a whole sentence
+        # would be a piece and frequent sentences would become tokens (cl100k and Qwen have such ones). Costs 1 % of
+        # compression on Chinese.
         r"\p{Han}{1,12}|[\p{Hiragana}ー]{1,12}|[\p{Katakana}ー]{1,12}|[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]{1,12}",
         r"[^\r\n\p{L}\p{N}]?\p{Hangul}+",
         r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^" + SCRIPTS_OF_THEIR_OWN + "]]+",
         # One or two digits: three would spend a tenth of a small vocabulary on numbers, one makes every number longer.
         r"\p{N}{1,2}",
-        # Punctuation, with the newline and the indentation behind it: `):` and the start of the next line are one token. In source code
-        # this gives 4 % more bytes per token than GPT-4's way, which leaves the last blank of the indentation to the next word.
+        # Punctuation, with the newline and the indentation behind it: `):` and the start of the next line are one
+        # token. In source code this gives 4 % more bytes per token than GPT-4's way, which leaves the last blank of
+        # the indentation to the next word.
         r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?",
         r"\s*[\r\n]+[ \t]*",
         r"\s+(?!\S)|\s+",
@@ -114,8 +118,8 @@ def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> T
     backend.train_from_iterator(texts, trainer)
     if (found := backend.get_vocab_size()) < vocab_size:
         raise DanluError(
-            f"vocab_size: {vocab_size} tokens are more than the data supports ({found} with min_frequency {min_frequency}); "
-            f"choose at most {found}, or give more data"
+            f"vocab_size: {vocab_size} tokens are more than the data supports ({found} with min_frequency "
+            f"{min_frequency}); choose at most {found}, or give more data"
         )
     definition = json.loads(backend.to_str())
     for token in definition["added_tokens"]:
