@@ -7,8 +7,9 @@ A verb declares what it takes once::
         data: Path = option(REQUIRED, "Data folder made by `danlu data build`.")
         lr: float = option(0.02, "Learning rate of the matrices.", gt=0)
 
-and the command line, YAML files, ``key=value`` overrides, recipes and Python calls all read that declaration. :func:`load` collects
-every unknown key and every impossible value before it complains, so a user mends a config once, not once per mistake.
+and the command line, YAML files, ``key=value`` overrides, recipes and Python calls all read that declaration.
+:func:`load` collects every unknown key and every impossible value before it complains, so a user mends a config once,
+not once per mistake.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def option(
         unit: unit of the number ("tokens", "minutes", ...), shown behind the default.
         ge, gt, le, lt: bounds of a number (or of every number in a tuple).
         positional: the command line takes it without ``--name``.
-        affects_result: False for fields that change where or how a run goes but not what it makes (output folder, progress,
-            logging); they are left out of the fingerprint that decides whether a finished stage may be reused.
+        affects_result: False for fields that change where or how a run goes but not what it makes (output folder,
+            progress, logging); they are left out of the fingerprint that decides whether a finished stage is reused.
     """
     metadata = {"option": Option(help, unit, ge, gt, le, lt, positional, affects_result)}
     if default is MISSING:
@@ -98,6 +99,7 @@ def load(
     Raises:
         Problems: unknown keys, wrong types, values out of bounds and missing required keys, all at once.
     """
+    hints = typing.get_type_hints(config_type)
     given: dict[str, tuple[Any, str]] = {}  # key -> (value, where it came from)
     problems: list[str] = []
     if file is not None:
@@ -108,15 +110,15 @@ def load(
         if not separator or not key:
             problems.append(f"{text!r} is not an override; write key=value")
             continue
+        key = key.strip().replace("-", "_")
         try:
-            value = yaml.safe_load(raw) if raw else ""
+            value = yaml.safe_load(raw) if raw and not _is_text(hints.get(key)) else raw
         except yaml.YAMLError:
             value = raw
-        given[key.strip().replace("-", "_")] = (value, text)
+        given[key] = (value, text)
     for key, value in (values or {}).items():
         given[key] = (value, "")
 
-    hints = typing.get_type_hints(config_type)
     fields = {field.name: field for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
     kwargs: dict[str, Any] = {}
     for key, (value, origin) in given.items():
@@ -258,7 +260,10 @@ def _coerce(value: Any, hint: Any) -> Any:
             raise ValueError(f"{value!r} is not a whole number") from None
         if not math.isfinite(number) or number != int(number):
             raise ValueError(f"{value!r} is not a whole number")
-        return int(value) if isinstance(value, int) else int(number)
+        try:
+            return int(value) if isinstance(value, (int, str)) else int(number)  # exact, also past 2^53
+        except ValueError:
+            return int(number)  # "1e6"
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(f"{value!r} is not a number")
@@ -276,6 +281,15 @@ def _coerce(value: Any, hint: Any) -> Any:
             return str(value)
         raise ValueError(f"{value!r} is not text")
     raise TypeError(f"config fields cannot be of type {hint!r}")  # a programmer's mistake, not a user's
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether what is typed for a field is its value as it stands: `revision=1.10` is not the number 1.1."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return any(_is_text(arg) for arg in typing.get_args(hint))
+    return hint in (str, Path) or (
+        typing.get_origin(hint) is Literal and all(isinstance(arg, str) for arg in typing.get_args(hint))
+    )
 
 
 def _out_of_bounds(value: Any, bounds: Option) -> list[str]:

@@ -50,14 +50,6 @@ class Snapshot:
         return sum(blob.bytes for blob in self.files.values())
 
 
-def home() -> Path:
-    """danlu's cache folder: ``$DANLU_HOME``, else ``danlu`` in ``$XDG_CACHE_HOME``, else ``~/.cache/danlu``."""
-    if given := os.environ.get("DANLU_HOME"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "danlu"
-
-
 def safe_relative(name: str) -> str:
     """``name`` if it is a plain relative path; names from outside must not point out of the folder they are put in.
 
@@ -78,7 +70,7 @@ class Cache:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or home()).absolute()
+        self.root = (root or files.cache_home()).absolute()
         try:
             for name in ("blobs", "refs", "snapshots", "partial", "locks"):
                 files.require_writable(self.root / name)

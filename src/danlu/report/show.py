@@ -49,7 +49,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     Returns:
         ``folder``, ``kind``, ``card`` (or None), ``unfinished`` (the verb of a run that was not finished, or None),
         ``model`` (the main numbers of config.json, or None), ``weights`` (:func:`count_weights`, or None), ``files``
-        (name -> bytes; a sub-folder counts as one), ``bytes``, and ``changed``: files whose size is no longer the card's.
+        (name -> bytes; a sub-folder counts as one), ``bytes``, and ``changed`` (files whose size is not the card's).
     """
     path = Path(folder)
     if not path.is_dir():
