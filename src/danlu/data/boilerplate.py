@@ -37,7 +37,9 @@ def strip_banner_lines(text: str) -> str:
     """Prose without cookie banners, navigation and copyright lines."""
     if not _BANNER.search(text) and not any(_BANNER.search(line.strip()) for line in text.split("\n")):
         return text
-    return "\n".join(line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not _BANNER.search(line.strip()))
+    return "\n".join(
+        line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not _BANNER.search(line.strip())
+    )
 
 
 def strip_licence_header(text: str) -> str:

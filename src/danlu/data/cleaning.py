@@ -121,7 +121,9 @@ def remove_by_length(text: str, type: TextType, limits: Limits) -> str | Removed
     if type == "code":
         longest, mean = max(map(len, text.split("\n"))), len(text) / (text.count("\n") + 1)
         if longest > MAX_CODE_LINE or mean > MAX_CODE_LINE_MEAN:
-            return Removed(f"lines of {mean:.0f} characters in the mean, up to {longest} (limits {MAX_CODE_LINE_MEAN}, {MAX_CODE_LINE})")
+            return Removed(
+                f"lines of {mean:.0f} characters in the mean, up to {longest} (limits {MAX_CODE_LINE_MEAN}, {MAX_CODE_LINE})"
+            )
     return text
 
 
@@ -130,7 +132,9 @@ def remove_symbols(text: str, type: TextType, limits: Limits) -> str | Removed:
     if type == "code":
         share = len(re.sub(r"[\W_]+", "", text)) / max(len(text), 1)
         if share < MIN_CODE_ALPHANUMERIC:
-            return Removed(f"{share:.0%} of the characters are letters or digits (at least {MIN_CODE_ALPHANUMERIC:.0%})")
+            return Removed(
+                f"{share:.0%} of the characters are letters or digits (at least {MIN_CODE_ALPHANUMERIC:.0%})"
+            )
         return text
     words = WORDS.findall(text)
     if not words:
@@ -167,7 +171,11 @@ def remove_other_languages(text: str, type: TextType, limits: Limits) -> str | R
     except ImportError as error:
         raise MissingExtra("py3langid", "data", "the option languages") from error
     language = classify(text[:5000])[0]
-    return text if language in limits.languages else Removed(f"language {language} (wanted: {', '.join(limits.languages)})")
+    return (
+        text
+        if language in limits.languages
+        else Removed(f"language {language} (wanted: {', '.join(limits.languages)})")
+    )
 
 
 def mask_pii(text: str, type: TextType, limits: Limits) -> str:
@@ -252,13 +260,15 @@ class Cleaner:
             text = result
         return text
 
-    def after_repeated_lines(self, text: str, stripped: str, path: str) -> str | None:
-        """Report that `repeated_lines` made ``stripped`` out of ``text``; None when too little is left of the document."""
+    def after_repeated_lines(self, text: str, stripped: str, path: str, report: bool) -> str | None:
+        """What is left when `repeated_lines` made ``stripped`` out of ``text``: None when that is too little for a document."""
+        if stripped == text:
+            return text
         result: str | Removed = stripped
         for check in (remove_near_empty, remove_by_length):
-            if result is stripped and isinstance(verdict := check(stripped, "prose", self.limits), Removed):
+            if isinstance(verdict := check(stripped, "prose", self.limits), Removed):
                 result = verdict
-        if result != text:
+        if report:
             self.reports["repeated_lines"].record(path, text, result)
         return None if isinstance(result, Removed) else result
 

@@ -22,20 +22,28 @@ class DataConfig:
     )
     out: Path = option(REQUIRED, "Data folder to make.", affects_result=False)
 
-    include: tuple[str, ...] = option((), "Only files whose path or name matches one of these globs (empty: all known kinds).")
+    include: tuple[str, ...] = option(
+        (), "Only files whose path or name matches one of these globs (empty: all known kinds)."
+    )
     exclude: tuple[str, ...] = option((), "No files or folders whose path or name matches one of these globs.")
     encoding: str = option("utf-8", "Encoding of text files without a byte order mark or PEP 263 cookie.")
-    text_field: str = option("", "Column that holds the text of JSON, CSV and Parquet rows (empty: `text` or `content`, or a chat).")
+    text_field: str = option(
+        "", "Column that holds the text of JSON, CSV and Parquet rows (empty: `text` or `content`, or a chat)."
+    )
     separator: str = option("", "Cut plain text files into documents wherever this text stands, e.g. '<|endoftext|>'.")
     text_type: Literal["auto", "prose", "code"] = option(
         "auto", "Which filters a text gets: `auto` takes source files for code and the rest for prose."
     )
-    on_error: Literal["stop", "skip"] = option("stop", "What to do about a broken row or unreadable file; `skip` counts it.")
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "What to do about a broken row or unreadable file; `skip` counts it."
+    )
 
     filters: tuple[str, ...] = option((), "Run only these filters (empty: all).")
     skip_filters: tuple[str, ...] = option((), "Leave out these filters.")
     min_chars: int = option(40, "Shorter documents are removed by the filter `length`.", unit="characters", ge=0)
-    languages: tuple[str, ...] = option((), "Keep only prose in these languages, as ISO 639-1 codes such as en or zh (empty: all).")
+    languages: tuple[str, ...] = option(
+        (), "Keep only prose in these languages, as ISO 639-1 codes such as en or zh (empty: all)."
+    )
 
     dedup: Literal["near", "exact", "off"] = option("near", "Remove exact copies, or also near-duplicates (MinHash).")
     dedup_threshold: float = option(
@@ -45,7 +53,10 @@ class DataConfig:
     heldout: float = option(0.05, "Share of the documents kept out of training for measuring; 0 for none.", ge=0, lt=1)
     seed: int = option(0, "Seed of the split, of sampling by weight and of the order of documents.", ge=0)
     max_chars: int = option(
-        100_000, "Longer documents are cut on definitions, headings, paragraphs or sentences.", unit="characters", ge=100
+        100_000,
+        "Longer documents are cut on definitions, headings, paragraphs or sentences.",
+        unit="characters",
+        ge=100,
     )
     shard_mb: int = option(256, "Text in one Parquet shard, before compression.", unit="MB", ge=1)
     overwrite: bool = option(False, "Replace another danlu result in the output folder.", affects_result=False)
@@ -70,5 +81,7 @@ class DataConfig:
         try:
             "a".encode(self.encoding)
         except LookupError:
-            found.append(f"encoding: Python knows no text encoding {self.encoding!r}; for example utf-8, latin-1, gb18030")
+            found.append(
+                f"encoding: Python knows no text encoding {self.encoding!r}; for example utf-8, latin-1, gb18030"
+            )
         return found

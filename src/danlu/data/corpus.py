@@ -58,6 +58,7 @@ class SourceFile:
 class Source:
     """One entry of the corpus list. ``ignored`` counts files of unknown kinds by suffix."""
 
+    entry: str
     name: str
     weight: float
     files: list[SourceFile]
@@ -113,7 +114,7 @@ def find_sources(
     for entry in corpus:
         path, weight = split_weight(entry)
         name, found = _files_of(path, exclude, on_error)
-        source = Source(_unused(name, [source.name for source in sources]), weight, [])
+        source = Source(path, _unused(name, [source.name for source in sources]), weight, [])
         for file_path, relative, is_named in found:
             wanted = not include or _matches(relative, include)
             if not wanted or _matches(relative, exclude):
@@ -136,13 +137,11 @@ def find_sources(
     return sources
 
 
-def fingerprint(sources: Sequence[Source]) -> str:
-    """Hex digest of the names, weights and contents of everything that will be read."""
-    digest = hashlib.sha256()
-    for source in sources:
-        digest.update(f"{source.name}\0{source.weight}\n".encode())
-        for file in source.files:
-            digest.update(f"{file.name}\0{_content_hash(file.path)}\n".encode(errors="surrogateescape"))
+def fingerprint(source: Source) -> str:
+    """Hex digest of the name and weight of a source and of the names and contents of everything that will be read of it."""
+    digest = hashlib.sha256(f"{source.name}\0{source.weight}\n".encode())
+    for file in source.files:
+        digest.update(f"{file.name}\0{_content_hash(file.path)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -216,7 +215,9 @@ def _walk(
             if (path / CARD).exists() or (path / RUN).exists():  # made by danlu, maybe out of this very corpus
                 continue
             if entry.is_symlink() and os.path.realpath(path) in (*above, real):
-                on_error(DanluError(f"{path}: is a link to a folder that holds it, a circle; remove it, or --exclude it"))
+                on_error(
+                    DanluError(f"{path}: is a link to a folder that holds it, a circle; remove it, or --exclude it")
+                )
                 continue
             yield from _walk(path, root, exclude, on_error, [*above, real])
         elif stat.S_ISREG(mode):

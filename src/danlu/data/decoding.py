@@ -159,6 +159,8 @@ def decode_lines(path: Path, stream: IO[bytes], default: str) -> Iterator[str]:
         *lines, rest = (rest + text).split("\n")
         yield from lines
         if len(rest) > WHOLE_FILE_LIMIT:
-            raise DanluError(f"{path}: has a line longer than {human_bytes(WHOLE_FILE_LIMIT)}; is it really lines of text?")
+            raise DanluError(
+                f"{path}: has a line longer than {human_bytes(WHOLE_FILE_LIMIT)}; is it really lines of text?"
+            )
     if rest:
         yield rest

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +35,19 @@ class Duplicates:
         copy_of: (n,) the kept document that stands for each; itself for those kept. It is always an earlier one.
         group: (n,) the smallest document of the group of related documents each belongs to.
         n_exact, n_near: documents that are not kept.
-        pairs: some pairs of (removed, kept, similarity), to look at.
+        pairs: some near-duplicates (later, earlier, similarity), to look at.
     """
 
     copy_of: NDArray[np.int64]
     group: NDArray[np.int64]
     n_exact: int = 0
     n_near: int = 0
-    pairs: list[tuple[int, int, float]] | None = None
+    pairs: list[tuple[int, int, float]] = field(default_factory=list)
+
+    @classmethod
+    def none(cls, n: int) -> Duplicates:
+        """Every document stands for itself."""
+        return cls(np.arange(n), np.arange(n))
 
 
 class UnionFind:

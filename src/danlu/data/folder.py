@@ -75,7 +75,9 @@ class DataFolder:
         for name, recorded in self.card.files.items():
             shard = self.path / name
             if not shard.is_file() or shard.stat().st_size != recorded["bytes"]:
-                raise DanluError(f"{shard}: is missing or was changed since it was made; build the data folder again")
+                raise DanluError(
+                    f"{shard}: is missing or was changed since it was made; delete the folder and build it again"
+                )
 
     @property
     def fingerprint(self) -> str:

@@ -23,7 +23,14 @@ _BLOCK = 4096  # shingles hashed together: 128 x 4096 x 4 bytes stay in the seco
 _LONGEST_WORD = 256  # characters behind it all weigh the same
 
 _SPACE, _WORD, _SINGLE = 0, 1, 2
-_SCRIPTS_WITHOUT_SPACES = ((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF))
+_SCRIPTS_WITHOUT_SPACES = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x3040, 0x30FF),
+    (0x3400, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
 """Thai and Lao, Burmese, Khmer, kana, Chinese ideographs."""
 
 

@@ -158,7 +158,9 @@ def _resident_id(match: re.Match[str], is_code: bool) -> bool:
 def _secret_value(match: re.Match[str], is_code: bool) -> bool:
     """A quoted value of a variable called like a secret: mixed letters and digits of high entropy, no words, no place-holder."""
     value = match["secret"]
-    if not (re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value)) or re.search(r"example|xxxx|your|test|dummy|1234", value, re.I):
+    if not (re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value)) or re.search(
+        r"example|xxxx|your|test|dummy|1234", value, re.I
+    ):
         return False
     counts = Counter(value)
     entropy = -sum(count / len(value) * math.log2(count / len(value)) for count in counts.values())

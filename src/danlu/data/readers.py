@@ -87,7 +87,9 @@ def _read_code(file: SourceFile, options: ReaderOptions, on_error: OnError) -> I
             pieces.append(piece)
             size += len(piece)
             if size > TEXT_LIMIT:
-                raise DanluError(f"{file.path}: is longer than {TEXT_LIMIT:,} characters, no source a person wrote; --exclude it")
+                raise DanluError(
+                    f"{file.path}: is longer than {TEXT_LIMIT:,} characters, no source a person wrote; --exclude it"
+                )
     yield Record("".join(pieces), "code")
 
 
@@ -102,7 +104,9 @@ def _read_html(file: SourceFile, options: ReaderOptions, on_error: OnError) -> I
     try:  # bytes, not text: the page declares its own encoding
         text = trafilatura.extract(content, include_comments=False, include_tables=True, deduplicate=False)
     except Exception as error:  # pages are hostile: whatever breaks in the parser is a fault of this page alone
-        raise DanluError(f"{file.path}: no text can be extracted ({type(error).__name__}: {error}); --exclude it") from error
+        raise DanluError(
+            f"{file.path}: no text can be extracted ({type(error).__name__}: {error}); --exclude it"
+        ) from error
     yield Record(text or "", "prose")
 
 
@@ -121,7 +125,9 @@ def _read_pdf(file: SourceFile, options: ReaderOptions, on_error: OnError) -> It
                 text_page = page.get_textpage()
                 # PDFium marks a hyphen at a line end as U+0002 (U+FFFE in older versions): the word goes on in the next line
                 text = text_page.get_text_bounded().replace("\r\n", "\n")
-                pages.append(text.replace("\x02\n", "").replace("\ufffe\n", "").replace("\x02", "").replace("\ufffe", ""))
+                pages.append(
+                    text.replace("\x02\n", "").replace("\ufffe\n", "").replace("\x02", "").replace("\ufffe", "")
+                )
                 text_page.close()
                 page.close()
         finally:
@@ -152,7 +158,9 @@ def _read_jsonl(file: SourceFile, options: ReaderOptions, on_error: OnError) -> 
 def _read_json(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
     """An array of rows, parsed value by value, or a single row."""
     with open_bytes(file.path, file.compression) as stream:
-        for number, (row, line) in enumerate(_json_values(file, decode_pieces(file.path, stream, options.encoding)), start=1):
+        for number, (row, line) in enumerate(
+            _json_values(file, decode_pieces(file.path, stream, options.encoding)), start=1
+        ):
             yield from _row_record(row, number, f"{file.path}:{line}", options, on_error)
 
 
@@ -172,7 +180,9 @@ def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any,
             size += len(piece)
         grown, buffer = size > len(buffer), "".join(parts)
         if size > WHOLE_FILE_LIMIT:
-            raise DanluError(f"{file.path}:{line}: one value is larger than {WHOLE_FILE_LIMIT:,} characters; write JSON Lines instead")
+            raise DanluError(
+                f"{file.path}:{line}: one value is larger than {WHOLE_FILE_LIMIT:,} characters; write JSON Lines instead"
+            )
         ended = not grown
         return grown
 
@@ -201,7 +211,9 @@ def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any,
                 raise broken("nested too deeply", at) from error
 
     def broken(reason: str, position: int) -> DanluError:
-        return DanluError(f"{file.path}:{line + buffer.count(chr(10), 0, position)}: is not valid JSON ({reason}); mend the file")
+        return DanluError(
+            f"{file.path}:{line + buffer.count(chr(10), 0, position)}: is not valid JSON ({reason}); mend the file"
+        )
 
     def here() -> int:
         peek()
@@ -242,8 +254,12 @@ def _read_table(delimiter: str) -> Callable[[SourceFile, ReaderOptions, OnError]
                     if not values:
                         continue
                     if len(values) != len(header):
-                        on_error(DanluError(f"{where}: has {len(values)} fields, the header {len(header)}; quote fields that hold "
-                                            f"{delimiter!r}, or --on-error skip"))
+                        on_error(
+                            DanluError(
+                                f"{where}: has {len(values)} fields, the header {len(header)}; quote fields that hold "
+                                f"{delimiter!r}, or --on-error skip"
+                            )
+                        )
                         continue
                     yield from _row_record(dict(zip(header, values, strict=True)), number, where, options, on_error)
             except csv.Error as error:
@@ -257,7 +273,9 @@ def _read_parquet(file: SourceFile, options: ReaderOptions, on_error: OnError) -
     import pyarrow.parquet as pq
 
     if file.compression is not None:
-        raise DanluError(f"{file.path}: Parquet inside {file.compression} cannot be read in a stream; unpack it (it is compressed itself)")
+        raise DanluError(
+            f"{file.path}: Parquet inside {file.compression} cannot be read in a stream; unpack it (it is compressed itself)"
+        )
     number = 0
     try:
         with pq.ParquetFile(file.path) as table:
@@ -266,7 +284,9 @@ def _read_parquet(file: SourceFile, options: ReaderOptions, on_error: OnError) -
                     number += 1
                     yield from _row_record(row, number, f"{file.path}: row {number}", options, on_error)
     except (pa.ArrowException, OSError) as error:
-        raise DanluError(f"{file.path}: is not a Parquet file that can be read ({error}); fetch or write it again") from error
+        raise DanluError(
+            f"{file.path}: is not a Parquet file that can be read ({error}); fetch or write it again"
+        ) from error
 
 
 _KEPT_COLUMNS = ("id", "url", "title", "author", "date", "license", "language")
@@ -294,11 +314,15 @@ def _row_record(row: Any, number: int, where: str, options: ReaderOptions, on_er
         names = (options.text_field,) if options.text_field else ("text", "content")
         name = next((name for name in names if name in row), None)
         if name is None:
-            raise DanluError(f"{where}: has no column {' or '.join(map(repr, names))} and is no chat; it has "
-                             f"{', '.join(map(str, row))}; choose one with --text-field")
+            raise DanluError(
+                f"{where}: has no column {' or '.join(map(repr, names))} and is no chat; it has "
+                f"{', '.join(map(str, row))}; choose one with --text-field"
+            )
         text = row[name]
         if not isinstance(text, str):
-            raise DanluError(f"{where}: column {name!r} holds {type(text).__name__}, not text; choose one with --text-field")
+            raise DanluError(
+                f"{where}: column {name!r} holds {type(text).__name__}, not text; choose one with --text-field"
+            )
         yield Record(_valid_unicode(text, where), "prose", number, meta)
     except DanluError as error:
         on_error(error)
@@ -309,7 +333,9 @@ def _valid_unicode(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DanluError(f"{where}: holds half a surrogate pair (character {error.start}); mend it, or --on-error skip") from error
+        raise DanluError(
+            f"{where}: holds half a surrogate pair (character {error.start}); mend it, or --on-error skip"
+        ) from error
     return text
 
 

@@ -13,7 +13,9 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W\u0e00-\u0eff\u3040-\u9fff\uf900-\ufaff]+")
+WORDS = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W\u0e00-\u0eff\u3040-\u9fff\uf900-\ufaff]+"
+)
 
 DUPLICATE_LINES = 0.30
 DUPLICATE_LINE_CHARS = 0.20
@@ -49,7 +51,10 @@ def too_repetitive(text: str) -> str | None:
         _, ranks = np.unique(ranks[:-1] * (len(vocabulary) + 1) + ids[n - 1 :], return_inverse=True)
         if n in TOP_NGRAM_CHARS and (share := top_ngram_share(ranks, lengths, n)) > TOP_NGRAM_CHARS[n]:
             return f"one {n}-gram makes up {share:.0%} of the characters (limit {TOP_NGRAM_CHARS[n]:.0%})"
-        if n in DUPLICATE_NGRAM_CHARS and (share := duplicate_ngram_share(ranks, lengths, n)) > DUPLICATE_NGRAM_CHARS[n]:
+        if (
+            n in DUPLICATE_NGRAM_CHARS
+            and (share := duplicate_ngram_share(ranks, lengths, n)) > DUPLICATE_NGRAM_CHARS[n]
+        ):
             return f"{share:.0%} of the characters are in repeated {n}-grams (limit {DUPLICATE_NGRAM_CHARS[n]:.0%})"
     return None
 

@@ -143,7 +143,7 @@ class Stage:
         kind: Kind,
         verb: str,
         config: object,
-        inputs: Mapping[str, str | Path] | None = None,
+        inputs: Mapping[str, str | Path | Input] | None = None,
         overwrite: bool = False,
     ) -> Stage:
         """Claim an output folder for a verb.
@@ -151,14 +151,14 @@ class Stage:
         Args:
             out: the folder to fill; made if it is missing.
             config: the verb's config dataclass; fields declared with ``affects_result=False`` do not count in the fingerprint.
-            inputs: role -> path of the folders and files the result depends on.
+            inputs: role -> path of the folders and files the result depends on, or an Input whose fingerprint is known already.
             overwrite: empty a folder that holds another danlu result first. Folders danlu did not make are never emptied.
 
         Raises:
             DanluError: the folder cannot be written, or holds something else.
         """
         folder = Path(out)
-        found_inputs = [input_of(role, path) for role, path in (inputs or {}).items()]
+        found_inputs = [i if isinstance(i, Input) else input_of(role, i) for role, i in (inputs or {}).items()]
         fingerprint = configs.fingerprint(config, verb, *(f"{i.role}={i.fingerprint}" for i in found_inputs))
         card = Card(kind, verb, fingerprint, configs.to_dict(config), found_inputs)
         files.require_writable(folder)
@@ -166,7 +166,8 @@ class Stage:
         if (folder / CARD).exists():
             finished = Card.load(folder).fingerprint == fingerprint
         elif (folder / RUN).exists():
-            resumed = files.read_json(folder / RUN).get("fingerprint") == fingerprint
+            marker = files.read_json(folder / RUN)
+            resumed = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
         ours = any((folder / name).exists() for name in (CARD, RUN))
         strangers = [p for p in folder.iterdir() if not p.name.startswith(".")] if not ours else []
         if strangers:
