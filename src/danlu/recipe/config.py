@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from danlu.config import REQUIRED, option
 
@@ -15,3 +16,20 @@ class RunConfig:
     recipe: Path = option(REQUIRED, "Recipe file (YAML) with `vars` and `stages`.", positional=True)
     overrides: tuple[str, ...] = option((), "Values for the recipe's vars, as name=value.", positional=True)
     until: str | None = option(None, "Stop after the stage of this name.")
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """What `danlu quickstart` takes; the fields are the vars of `recipes/quickstart.yaml`."""
+
+    out: Path = option(Path("danlu-quickstart"), "Folder for everything that is made.")
+    corpus: tuple[str, ...] = option(
+        ("stdlib",), "What to learn from: files, folders, globs, or `stdlib`, the Python standard library's source."
+    )
+    vocab_size: int = option(4096, "Size of the vocabulary.", unit="tokens", ge=300)
+    size: int = option(4, "The dial: number of layers; the width is 64 times it.", unit="layers", ge=1, le=128)
+    pretrain_minutes: float = option(3.0, "Time for pre-training.", unit="minutes", gt=0)
+    finetune_minutes: float = option(1.0, "Time for fine-tuning.", unit="minutes", gt=0)
+    functions: int = option(64, "Held-out functions that each stage is asked to write.", ge=1)
+    compile: Literal["auto", "yes", "no"] = option("auto", "torch.compile; auto: where it pays.")
+    seed: int = option(0, "Seed of the split, the weights and the order of the data.", ge=0, lt=2**62)

@@ -105,12 +105,8 @@ def command(card: Card) -> str:
         values = value if isinstance(value, list) else [value]
         if configs.option_of(field).positional:
             words += [str(item) for item in values]
-        elif isinstance(value, dict):
+        elif value is None or isinstance(value, (bool, dict)):
             options.append(f"{field.name}={json.dumps(value, ensure_ascii=False)}")
-        elif isinstance(value, bool):
-            options.append(f"--{'' if value else 'no-'}{field.name.replace('_', '-')}")
-        elif value is None:
-            options.append(f"{field.name}=null")
         else:
             for item in values:
                 options += [f"--{field.name.replace('_', '-')}", str(item)]
