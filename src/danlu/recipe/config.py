@@ -31,5 +31,5 @@ class QuickstartConfig:
     pretrain_minutes: float = option(3.0, "Time for pre-training.", unit="minutes", gt=0)
     finetune_minutes: float = option(1.0, "Time for fine-tuning.", unit="minutes", gt=0)
     functions: int = option(64, "Held-out functions that each stage is asked to write.", ge=1)
-    compile: Literal["auto", "yes", "no"] = option("auto", "torch.compile; auto: where it pays.")
+    compile: Literal["auto", "always", "never"] = option("auto", "torch.compile; auto: where it pays.")
     seed: int = option(0, "Seed of the split, the weights and the order of the data.", ge=0, lt=2**62)
