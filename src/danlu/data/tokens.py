@@ -15,10 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,11 +30,11 @@ from danlu.errors import DanluError
 from danlu.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # part of the key: raise it when the meaning of the files changes
-BATCH_BYTES = 4 << 20  # text tokenised at a time
 INDEX = "index.json"
 ARRAYS = ("ids", "offsets", "n_bytes")
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,12 @@ def _make(folder: Path, shards: list[Path], tokenizer: Tokenizer, what: str) -> 
             n_bytes.append(part["n_bytes"])
             advance(shard.stat().st_size)
     offsets = np.concatenate([[0], *lengths]).cumsum(dtype=np.int64)
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     # Written in sequence rather than through a map: a full disk is an error here, and a crash (SIGBUS) there.
     with files.atomic_path(folder / "ids.npy") as temporary, open(temporary, "wb") as file:
-        header = {"descr": dtype.str, "fortran_order": False, "shape": (int(offsets[-1]),)}
+        header = {"descr": _dtype(tokenizer).str, "fortran_order": False, "shape": (int(offsets[-1]),)}
         np.lib.format.write_array_header_1_0(file, header)
         for number, shard in enumerate(shards):
-            file.write(memoryview(_part(folder, number, shard, tokenizer)["ids"]).cast("B"))
+            file.write(_part(folder, number, shard, tokenizer)["ids"].data)
     for name, array in (("offsets", offsets), ("n_bytes", np.concatenate(n_bytes))):
         with files.atomic_path(folder / f"{name}.npy") as temporary:
             np.save(temporary, array, allow_pickle=False)
@@ -140,7 +139,7 @@ def _make(folder: Path, shards: list[Path], tokenizer: Tokenizer, what: str) -> 
 
 
 def _part(folder: Path, number: int, shard: Path, tokenizer: Tokenizer) -> dict[str, Array]:
-    """``ids``, ``lengths`` and ``n_bytes`` of one shard: read where they are whole (zip has a CRC), else made and kept."""
+    """``ids``, ``lengths`` and ``n_bytes`` of one shard: kept where whole (zip has a CRC), else made."""
     path = folder / f"part-{number:05d}.npz"
     if path.exists():
         try:
@@ -148,10 +147,10 @@ def _part(folder: Path, number: int, shard: Path, tokenizer: Tokenizer) -> dict[
                 return {name: kept[name] for name in ("ids", "lengths", "n_bytes")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             warn(f"{path}: is damaged ({error}); it is made again")
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype = _dtype(tokenizer)
     ids: list[Array] = []
     n_bytes: list[int] = []
-    for batch in _batches(read_shard(shard)):
+    for batch in batches(read_shard(shard), lambda document: len(document.text)):
         for document_ids, size in _encode(batch, tokenizer):
             ids.append(np.array([tokenizer.bos_id, *document_ids], dtype=dtype))
             n_bytes.append(size)
@@ -161,7 +160,7 @@ def _part(folder: Path, number: int, shard: Path, tokenizer: Tokenizer) -> dict[
         "n_bytes": np.array(n_bytes, dtype=np.int64),
     }
     with files.atomic_path(path) as temporary:
-        np.savez(temporary, allow_pickle=False, **made)
+        np.savez(temporary, ids=made["ids"], lengths=made["lengths"], n_bytes=made["n_bytes"])
     return made
 
 
@@ -179,14 +178,18 @@ def _encode(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[l
             raise DanluError(f"{document.source} {document.path} ({document.id}): {error}") from error
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in runs of about ``BATCH_BYTES`` of text."""
-    batch: list[Document] = []
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def batches(items: Iterable[T], length: Callable[[T], int], limit: int = 4 << 20) -> Iterator[list[T]]:
+    """Items in runs of about ``limit`` characters of text: enough to keep the tokenizer's threads busy."""
+    batch: list[T] = []
     size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_BYTES:
+    for item in items:
+        batch.append(item)
+        size += length(item)
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:

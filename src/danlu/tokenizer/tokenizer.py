@@ -223,7 +223,7 @@ class Tokenizer:
     def encode_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> list[int]:
-        """Ids of :meth:`render_chat`. The template's markers are special tokens; what messages or tools say never is."""
+        """Ids of :meth:`render_chat`. The template's markers are special tokens, what messages or tools say is not."""
         template = self._require_template()
         disguise = Disguise(list(self._markers), template.source)
         conversation = disguise.put_on({"messages": [_plain_message(m) for m in messages], "tools": tools})

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from danlu import config as configs
 from danlu.console import note, progress
 from danlu.data.folder import DataFolder, Document, Split
+from danlu.data.tokens import batches
 from danlu.errors import DanluError
 from danlu.formats.card import Stage
 from danlu.tokenizer.chat_template import CHATML
@@ -140,7 +141,7 @@ def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> T
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """UTF-8 bytes per token over a stream of texts."""
     n_bytes = n_tokens = 0
-    for batch in _batches(texts):
+    for batch in batches(texts, len):
         n_bytes += sum(len(text.encode()) for text in batch)
         n_tokens += sum(map(len, tokenizer.encode_batch(batch)))
     return n_bytes / max(n_tokens, 1)
@@ -162,16 +163,3 @@ def _text_of(document: Document) -> str:
     if document.kind == "text":
         return document.text
     return "\n".join(str(message.get("content") or "") for message in document.messages())
-
-
-def _batches(texts: Iterable[str], batch_bytes: int = 4 << 20) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= batch_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
