@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,17 +18,17 @@ from danlu.nn.rope import RotaryEmbedding
 class Block(nn.Module):
     """Pre-norm residual block: attention, then feed-forward."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim, config.norm_eps)
+        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim, layer, config.norm_eps)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.ffn_dim)
 
     def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
+        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask, cache, layer)
+        x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, mask, cache)
         return x_btd + self.mlp(self.mlp_norm(x_btd))  # type: ignore[no-any-return]
 
 
@@ -48,7 +47,7 @@ class CausalLM(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
         self.gradient_checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -100,17 +99,17 @@ class CausalLM(nn.Module):
         if cache is not None:
             positions_bt, mask = cache.positions(t), cache.mask(t)
         elif segments_bt is not None:
-            same = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
-            mask = same & torch.ones(t, t, dtype=torch.bool, device=ids_bt.device).tril()
+            # Additive and made once: SDPA would turn a boolean mask into this form again in every layer.
+            mask = document_mask(segments_bt, self.compute_dtype or self.embed.weight.dtype)
         if positions_bt is None:
             positions_bt = torch.arange(t, device=ids_bt.device)[None]
         rope = self.rope(positions_bt)
         x = self.embed(ids_bt).to(self.compute_dtype or self.embed.weight.dtype)
-        for i, block in enumerate(self.layers):
+        for block in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rope, mask, None, i, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache, i)
+                x = block(x, rope, mask, cache)
         if cache is not None:
             cache.length += t
         return self.norm(x)  # type: ignore[no-any-return]
@@ -125,11 +124,6 @@ class CausalLM(nn.Module):
         """Logits of the next token after each position, (batch, seq, vocab), fp32. Arguments as in :meth:`hidden_states`."""
         return self.head(self.hidden_states(ids_bt, positions_bt, segments_bt, cache)).float()  # type: ignore[no-any-return]
 
-    def nll_sum(self, ids_bt: Tensor, targets_bt: Tensor, positions_bt: Tensor, segments_bt: Tensor | None) -> Tensor:
-        """Summed negative log-likelihood (nats) of the targets; -100 marks positions that carry no loss."""
-        logits = self(ids_bt, positions_bt, segments_bt)
-        return F.cross_entropy(logits.flatten(0, 1), targets_bt.flatten(), ignore_index=-100, reduction="sum")
-
     def num_parameters(self) -> int:
         """Number of weights; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
@@ -141,3 +135,11 @@ class CausalLM(nn.Module):
         head = self.config.vocab_size * self.config.dim
         attention = 12 * self.config.n_layers * self.config.n_heads * self.config.head_dim * seq_len
         return 6 * (matrices + head) + attention
+
+
+def document_mask(segments_bt: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask, (batch, 1, seq, seq): 0 where a token may look (itself and earlier tokens of its own document), else -inf."""
+    t = segments_bt.shape[1]
+    same = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
+    allowed = same & torch.ones(t, t, dtype=torch.bool, device=segments_bt.device).tril()
+    return torch.zeros(allowed.shape, dtype=dtype, device=segments_bt.device).masked_fill_(~allowed, float("-inf"))

@@ -17,9 +17,12 @@ class Attention(nn.Module):
     QK-norm keeps the attention logits bounded whatever the learning rate does, which is what lets Muon run at large steps.
     """
 
-    def __init__(self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, layer: int = 0, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
+        self.layer = layer  # its place in a KV cache
         self.q_proj = Linear(dim, n_heads * head_dim, bias=False)
         self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
         self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
@@ -33,10 +36,9 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: KVCache | None = None,
-        layer: int = 0,
     ) -> Tensor:
-        """``mask`` is True where a query may look, broadcastable to (batch, heads, seq, keys). None means plain causal attention,
-        or, with a cache, that every cached key may be seen."""
+        """``mask`` is boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys). None means plain
+        causal attention or, with a cache, that every cached key may be seen."""
         b, t, _ = x_btd.shape
         q = self.q_proj(x_btd).view(b, t, self.n_heads, self.head_dim)
         k = self.k_proj(x_btd).view(b, t, self.n_kv_heads, self.head_dim)
@@ -44,7 +46,7 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q).transpose(1, 2), *rope)
         k = apply_rope(self.k_norm(k).transpose(1, 2), *rope)
         if cache is not None:
-            k, v = cache.update(layer, k, v)
+            k, v = cache.update(self.layer, k, v)
         causal = mask is None and cache is None
         enable_gqa = self.n_heads != self.n_kv_heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=enable_gqa)

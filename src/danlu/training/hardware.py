@@ -1,0 +1,86 @@
+"""What this machine computes well: dtypes, threads, and its measured matmul peak."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from danlu.errors import DanluError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a config names; auto takes a GPU when there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DanluError(f"device={name}: this PyTorch sees no GPU; use device=cpu, or install a CUDA or ROCm build of PyTorch")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise DanluError(f"device={name}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+    return device
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the CPU as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """True where bf16 products run on hardware: AMX or AVX512-BF16 CPUs, GPUs from Ampere on. Elsewhere they are emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; auto takes bf16 where the hardware computes it."""
+    return name if name != "auto" else ("bf16" if computes_bf16(device) else "fp32")
+
+
+def has_compiler() -> bool:
+    """torch.compile on the CPU needs a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+@functools.cache
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048, seconds: float = 0.5) -> float:
+    """FLOP/s of the best of several square products, measured now: the yardstick for `share_of_peak`."""
+    if device.type == "cuda":
+        size = 8192
+    a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end:
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that clocks tell the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: resident set of this process on the CPU, allocated memory on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

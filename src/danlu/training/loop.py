@@ -1,0 +1,416 @@
+"""The training loop, for pre-training and fine-tuning alike. Read `Trainer.run` top to bottom.
+
+Exactness: a run is a function of its config, its data and the number of threads. Whatever moves while it runs (weights, optimizer
+state, position in the data, random states, the recent losses that decide about skipping) is in the checkpoint, so a run that is killed
+at any moment and started again ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from danlu import config as configs
+from danlu import console, files
+from danlu.data.packing import Batch, RowStream
+from danlu.errors import DanluError
+from danlu.models.causal_lm import CausalLM
+from danlu.objectives.causal_lm import next_token_nll_sum
+from danlu.training import checkpoint, hardware
+from danlu.training.config import TrainingConfig
+from danlu.training.metrics import MetricsLog, Numbers
+from danlu.training.optim import build_optimizers
+from danlu.training.schedule import learning_rate_share, muon_momentum
+
+COMPILE_PAYS_AFTER_MINUTES = 4.0
+"""torch.compile takes about half a minute on two cores; on a shorter run it costs more than it saves."""
+
+
+@dataclass
+class HeldOut:
+    """Held-out rows measured during training. ``token_bytes`` (vocab,) is the UTF-8 length of each token, 0 for special ones."""
+
+    batch: Batch
+    token_bytes: Tensor
+
+
+@dataclass
+class Progress:
+    """What moves besides tensors; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=128))
+    grad_norms: deque[float] = field(default_factory=lambda: deque(maxlen=128))
+
+
+class Trainer:
+    """Trains one model on one stream of rows into one output folder.
+
+    Args:
+        config: the run.
+        model: fp32 weights; they become the master weights.
+        rows: where batches come from.
+        held_out: measured now and then, or None.
+        rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``norm_lr``.
+        batch_tokens: tokens per optimizer step; rounded down to whole rows.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: CausalLM,
+        rows: RowStream,
+        *,
+        held_out: HeldOut | None,
+        rates: dict[str, float],
+        batch_tokens: int,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.config, self.rows, self.held_out = config, rows, held_out
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = hardware.pick_device(config.device)
+        self.precision = hardware.pick_precision(config.precision, self.device)
+        self.dtype = hardware.DTYPES[self.precision]
+        self.model = model.to(self.device).train()
+        self.model.compute_dtype = self.dtype
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.rows_per_step = max(1, batch_tokens // config.seq_len)
+        self.micro_rows = max(1, (config.micro_batch_tokens or self._default_micro_tokens()) // config.seq_len)
+        muon_dtype = torch.bfloat16 if hardware.computes_bf16(self.device) else torch.float32
+        self.optimizers = build_optimizers(
+            model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, **rates
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # type: ignore[attr-defined]
+        self.nll_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = next_token_nll_sum
+        self.progress = Progress()
+        self.compiled = False
+        self.compile_seconds = 0.0
+        self.peak = 0.0
+        self.total_steps = 0
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the metrics for the card.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint has been saved.
+            DanluError: too many skipped steps, or the disk is full.
+        """
+        config, progress, out = self.config, self.progress, self.config.out
+        if config.steps != 0:
+            files.require_space(out, 16 * self.model.num_parameters() * (config.keep_checkpoints + 1), "checkpoints")
+            self.peak = hardware.matmul_peak(self.dtype, self.device)
+            self._compile()
+        plan_file = out / "plan.json"
+        if plan_file.exists():
+            self.total_steps = int(files.read_json(plan_file)["steps"])
+        else:
+            self.total_steps = self._plan_steps()
+            files.write_json(plan_file, {"steps": self.total_steps})
+        self._resume()
+        heldout_every = config.heldout_every or max(1, self.total_steps // 10)
+        flops_per_token = self.model.estimate_flops(config.seq_len)
+        bits_per_byte: float | None = None
+        loss = math.nan
+        console.note(self._describe())
+
+        with (
+            MetricsLog(out, log_to=config.log_to, resume_step=progress.step, config=configs.to_dict(config)) as log,
+            console.progress("training", total=self.total_steps, unit="steps") as advance,
+            _stop_on_ctrl_c() as stop_asked,
+        ):
+            advance(progress.step)
+            while progress.step < self.total_steps:
+                begin = time.perf_counter()
+                loss, grad_norm, lr = self._step()
+                hardware.synchronize(self.device)
+                seconds = time.perf_counter() - begin
+                tokens = self.rows_per_step * config.seq_len
+                progress.step += 1
+                progress.tokens += tokens
+                progress.seconds += seconds
+                last = progress.step == self.total_steps
+                measured = self.held_out is not None and (last or progress.step % heldout_every == 0)
+                if measured:
+                    bits_per_byte = self.measure_held_out()
+                if measured or progress.step % config.log_every == 0:
+                    line: Numbers = {"tokens": progress.tokens, "seconds": round(progress.seconds, 3), "loss": loss, "lr": lr,
+                                     "tokens_per_second": tokens / seconds, "flops_per_second": flops_per_token * tokens / seconds,
+                                     "grad_norm": grad_norm}  # fmt: skip
+                    log.write(progress.step, {**line, "heldout_bits_per_byte": bits_per_byte} if measured else line)
+                rate = progress.tokens / progress.seconds
+                bpb = f"  held-out {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
+                share = f" ({rate * flops_per_token / self.peak:.0%} of peak)"
+                advance(1, text=f"loss {loss:.3f}{bpb}  {rate:,.0f} tok/s  {rate * flops_per_token / 1e9:,.0f} GFLOP/s{share}")
+                if not last and (progress.step % config.checkpoint_every == 0 or stop_asked()):
+                    self._save()
+                if stop_asked() and not last:
+                    console.note(f"stopped at step {progress.step} of {self.total_steps}; run the same command again to go on")
+                    raise KeyboardInterrupt
+        return self._metrics(loss, bits_per_byte, flops_per_token)
+
+    def _step(self) -> tuple[float, float, float]:
+        """One optimizer step over ``rows_per_step`` rows; returns loss (nats per target), gradient norm and share-scaled rate."""
+        config, progress = self.config, self.progress
+        share = learning_rate_share(
+            progress.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps, decay_share=config.decay_share
+        )
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * share
+                group["weight_decay"] = group["initial_decay"] * (1 - progress.step / self.total_steps)
+                if "momentum" in group:
+                    group["momentum"] = muon_momentum(progress.step)
+
+        batch = self.rows.next(self.rows_per_step)
+        n_targets = max(1, batch.n_targets)  # of the whole step: see objectives/causal_lm.py
+        nll = torch.zeros((), device=self.device)
+        for micro in batch.to(self.device).split(self.micro_rows):
+            micro_nll = self._micro_nll(micro)
+            self.scaler.scale(micro_nll / n_targets).backward()
+            nll += micro_nll.detach()
+        loss = nll.item() / n_targets
+
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(grads).item()
+        if self._acceptable(loss, grad_norm):
+            if config.clip_norm and grad_norm > config.clip_norm:
+                torch._foreach_mul_(grads, config.clip_norm / grad_norm)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
+        else:
+            progress.skipped += 1
+            console.warn(f"step {progress.step + 1} skipped: loss {loss:.3f}, gradient norm {grad_norm:.3g}")
+            if progress.skipped > max(20, self.total_steps // 10):
+                raise DanluError(
+                    f"{self.config.out}: {progress.skipped} steps were skipped; lower the learning rates (matrix_lr, embed_lr) "
+                    "or look at the data"
+                )
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        for p in self.model.parameters():
+            p.grad = None
+        return loss, grad_norm, self.optimizers[0].param_groups[0]["lr"]
+
+    def _micro_nll(self, batch: Batch) -> Tensor:
+        hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments)
+        return self.nll_sum(hidden, self.model.head.weight, batch.targets)
+
+    def _acceptable(self, loss: float, grad_norm: float) -> bool:
+        """False for a non-finite step and for a spike: further above the recent mean than noise explains (as in OLMo 2,
+        arXiv:2501.00656). Accepted values join the history."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return False
+        for value, history in ((loss, self.progress.losses), (grad_norm, self.progress.grad_norms)):
+            if self.config.skip_sigma and len(history) == history.maxlen:
+                spread = max(statistics.pstdev(history), 0.01 * abs(statistics.fmean(history)))
+                if value > statistics.fmean(history) + self.config.skip_sigma * spread:
+                    return False
+        self.progress.losses.append(loss)
+        self.progress.grad_norms.append(grad_norm)
+        return True
+
+    @torch.no_grad()
+    def measure_held_out(self) -> float:
+        """Bits per byte of the held-out rows: sum of -log2 p over the bytes of their targets."""
+        assert self.held_out is not None
+        nll, n_bytes = 0.0, 0
+        for micro in self.held_out.batch.split(self.micro_rows):
+            here = micro.to(self.device)
+            nll += self._micro_nll(here).item()
+            n_bytes += int(self.held_out.token_bytes[micro.targets.clamp(min=0)].masked_fill(micro.targets < 0, 0).sum())
+        return nll / (math.log(2) * max(1, n_bytes))
+
+    def _compile(self) -> None:
+        """Compile block and loss, run them once, and fall back to eager where that fails."""
+        wanted = self.config.compile
+        minutes = self.config.minutes
+        if wanted == "auto":
+            short = minutes is not None and minutes < COMPILE_PAYS_AFTER_MINUTES and self.precision == "fp32"
+            wanted = "always" if self.device.type == "cuda" or (hardware.has_compiler() and not short and not _tiny(self)) else "never"
+        if wanted == "always":
+            begin = time.perf_counter()
+            try:
+                for block in self.model.layers:  # one graph serves all blocks: they differ in weights only
+                    block.compile(dynamic=False)
+                self.nll_sum = torch.compile(next_token_nll_sum, dynamic=False)
+                self._warm_up()
+                self.compiled = True
+            except Exception as error:  # whatever the compiler stumbles over, eager does the same work
+                first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                console.warn(f"torch.compile failed ({type(error).__name__}: {first_line[:200]}); running eager")
+                for block in self.model.layers:
+                    block._compiled_call_impl = None
+                self.nll_sum = next_token_nll_sum
+            self.compile_seconds = time.perf_counter() - begin
+
+    def _warm_up(self) -> None:
+        """One forward and backward pass of each shape the run will see, without a trace in the run."""
+        position = self.rows.state()
+        sizes = {self.micro_rows, self.rows_per_step % self.micro_rows or self.micro_rows}
+        for n_rows in sizes:
+            self._micro_nll(self.rows.next(n_rows).to(self.device)).backward()
+        self.rows.restore(position)
+        for p in self.model.parameters():
+            p.grad = None
+
+    def _plan_steps(self) -> int:
+        """Length of the run in steps. A budget of minutes is turned into steps by timing a few real ones and undoing them; fixed here
+        and written down, so that a resumed run has the same schedule."""
+        config = self.config
+        if config.steps is not None:
+            return config.steps
+        if config.minutes is None:
+            epochs = 1.0 if config.epochs is None else config.epochs
+            return max(1, math.ceil(epochs * self.rows.rows_per_epoch / self.rows_per_step))
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        position = self.rows.state()
+        self.total_steps = 1_000_000
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            self._step()
+            hardware.synchronize(self.device)
+            times.append(time.perf_counter() - begin)
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                p.copy_(saved[name])
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        self.rows.restore(position)
+        self.progress = self.progress.__class__()
+        step_seconds = statistics.median(times[1:])
+        measuring = 0.0
+        if self.held_out is not None:
+            begin = time.perf_counter()
+            self.measure_held_out()
+            measuring = 10 * (time.perf_counter() - begin)
+        left = 60 * config.minutes - (time.perf_counter() - self.started) - measuring
+        return max(1, int(0.97 * left / step_seconds))
+
+    def _resume(self) -> None:
+        found = checkpoint.load_latest(self.config.out)
+        if found is None:
+            return
+        tensors, state = found
+        checkpoint.restore_tensors(tensors, self.model, self.optimizers)
+        checkpoint.restore_random_states(state["random"])
+        self.rows.restore(state["rows"])
+        self.scaler.load_state_dict(state["scaler"])
+        counters = state["progress"]
+        self.progress.step, self.progress.tokens = counters["step"], counters["tokens"]
+        self.progress.skipped, self.progress.seconds = counters["skipped"], counters["seconds"]
+        self.progress.losses.extend(counters["losses"])
+        self.progress.grad_norms.extend(counters["grad_norms"])
+        console.note(f"resuming at step {self.progress.step} of {self.total_steps}")
+
+    def _save(self) -> None:
+        p = self.progress
+        counters = {"step": p.step, "tokens": p.tokens, "skipped": p.skipped, "seconds": p.seconds,
+                    "losses": list(p.losses), "grad_norms": list(p.grad_norms)}  # fmt: skip
+        state = {
+            "progress": counters,
+            "rows": self.rows.state(),
+            "scaler": self.scaler.state_dict(),
+            "random": checkpoint.random_states(),
+        }
+        tensors = checkpoint.training_tensors(self.model, self.optimizers)
+        checkpoint.save_checkpoint(self.config.out, p.step, tensors, state, self.config.keep_checkpoints)
+
+    def _default_micro_tokens(self) -> int:
+        # Enough rows to fill the matrix units, few enough that activations stay near the caches (measured in docs/log.md).
+        return 65_536 if self.device.type == "cuda" else 4_096
+
+    def _describe(self) -> str:
+        c = self.config
+        how = "compiled" if self.compiled else "eager"
+        return (
+            f"{self.model.num_parameters() / 1e6:.2f} M weights, {self.precision} {how} on {self.device.type} "
+            f"({torch.get_num_threads()} threads, matmul peak {self.peak / 1e9:,.0f} GFLOP/s); {self.total_steps:,} steps of "
+            f"{self.rows_per_step} x {c.seq_len} tokens, {c.optimizer}, {c.schedule}"
+        )
+
+    def _metrics(self, loss: float, bits_per_byte: float | None, flops_per_token: int) -> dict[str, Any]:
+        p = self.progress
+        rate = p.tokens / p.seconds if p.seconds else 0.0
+        recent = list(p.losses)[-20:]
+        return {
+            "steps": p.step,
+            "tokens": p.tokens,
+            "skipped_steps": p.skipped,
+            "parameters": self.model.num_parameters(),
+            "train_loss": statistics.fmean(recent) if recent else None,
+            "heldout_bits_per_byte": bits_per_byte,
+            "tokens_per_second": rate,
+            "flops_per_second": rate * flops_per_token,
+            "matmul_peak_flops": self.peak or None,
+            "share_of_peak": rate * flops_per_token / self.peak if self.peak else None,
+            "train_seconds": p.seconds,
+            "compile_seconds": self.compile_seconds,
+            "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
+        }
+
+    def details(self) -> dict[str, Any]:
+        """How the run was done, for the card."""
+        return {
+            "model_config": configs.to_dict(self.model.config),
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "batch_tokens": self.rows_per_step * self.config.seq_len,
+        }
+
+
+def _tiny(trainer: Trainer) -> bool:
+    """A run of a few steps never earns its compilation back."""
+    steps = trainer.config.steps
+    return steps is not None and steps * trainer.rows_per_step * trainer.config.seq_len < 1_000_000
+
+
+@contextmanager
+def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether Ctrl-C (or SIGTERM) came; a second one stops at once."""
+    asked = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        console.note("stopping after this step (once more to stop at once)")
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def cleared_checkpoints(out: Path) -> None:
+    """Delete what only an unfinished run needs."""
+    import shutil
+
+    shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+    (out / "plan.json").unlink(missing_ok=True)

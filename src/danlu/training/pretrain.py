@@ -1,0 +1,110 @@
+"""`danlu pretrain`: a causal language model from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from danlu import console
+from danlu.config import validate
+from danlu.data.folder import DataFolder
+from danlu.data.packing import DocumentSequences, RowStream
+from danlu.data.tokens import tokenize
+from danlu.errors import DanluError
+from danlu.formats.card import Stage
+from danlu.models.causal_lm import CausalLM
+from danlu.models.config import ModelConfig, model_config_for
+from danlu.models.load import save_model
+from danlu.tokenizer.tokenizer import Tokenizer
+from danlu.training.config import PretrainConfig, TrainingConfig
+from danlu.training.loop import HeldOut, Trainer, cleared_checkpoints
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train a model from scratch and write its model folder.
+
+    Args:
+        config: see :class:`PretrainConfig`. Without steps, minutes or epochs the run takes 20 tokens per weight
+            (Hoffmann et al. 2022, arXiv:2203.15556).
+
+    Returns:
+        The model folder.
+
+    Raises:
+        Problems: impossible options, all at once.
+        DanluError: the data is empty or smaller than one batch, the output folder cannot be used, or the disk is full.
+        KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
+    """
+    config = validate(config)
+    inputs = {"data": config.data, "tokenizer": config.tokenizer}
+    data, tokenizer = DataFolder(config.data), Tokenizer.load(config.tokenizer)
+    stage = Stage.open(config.out, kind="model", verb="pretrain", config=config, inputs=inputs, overwrite=config.overwrite)
+    if stage.finished:
+        console.note(f"{config.out}: already made, nothing to do")
+        return config.out
+
+    shape = model_config_for(
+        config.size, tokenizer.vocab_size, config.context, dim=config.dim, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim, ffn_dim=config.ffn_dim, rope_base=config.rope_base, tie_embeddings=config.tie_embeddings,
+    )  # fmt: skip
+    model = CausalLM(shape)
+    model.init_weights(torch.Generator().manual_seed(config.seed))
+    batch_tokens = config.batch_tokens or default_batch_tokens(shape)
+
+    train = tokenize(data, "train", tokenizer)
+    rows = RowStream(
+        DocumentSequences(train.ids, train.offsets, tokenizer.bos_id), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id
+    )
+    n_tokens = int(rows.sequences.lengths.sum())
+    if n_tokens < batch_tokens and config.steps != 0:
+        raise DanluError(
+            f"{config.data}: has {n_tokens:,} training tokens, fewer than one batch of {batch_tokens:,}; add data, or lower batch_tokens"
+        )
+    if config.steps is None and config.minutes is None and config.epochs is None:
+        config = _with_steps(config, max(1, 20 * model.num_parameters() // batch_tokens))
+    trainer = Trainer(
+        config, model, rows,
+        held_out=held_out_rows(data, tokenizer, config),
+        rates=default_rates(config, shape),
+        batch_tokens=batch_tokens,
+    )  # fmt: skip
+    metrics = trainer.run()
+    save_model(model, config.out, tokenizer)
+    stage.finish(metrics, trainer.details())
+    cleared_checkpoints(config.out)
+    return config.out
+
+
+def default_batch_tokens(shape: ModelConfig) -> int:
+    """Tokens per step: small models learn most from many small steps (tuned at two sizes, see docs/log.md)."""
+    return 8_192 if shape.dim <= 512 else 32_768 if shape.dim <= 1024 else 131_072
+
+
+def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0) -> dict[str, float]:
+    """Peak learning rates. Muon's does not depend on the width; the embedding's falls with its square root, as AdamW's should."""
+    width = (shape.dim / 256) ** -0.5
+    return {
+        "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
+        "embed_lr": config.embed_lr or scale * (0.005 if shape.tie_embeddings else 0.01) * width,
+        "norm_lr": config.norm_lr or scale * 0.005,
+    }
+
+
+def held_out_rows(data: DataFolder, tokenizer: Tokenizer, config: TrainingConfig) -> HeldOut | None:
+    """The held-out rows that are measured while training; None when the data has none."""
+    if not config.heldout_tokens or "heldout" not in data.splits():
+        return None
+    tokens = tokenize(data, "heldout", tokenizer)
+    rows = RowStream(
+        DocumentSequences(tokens.ids, tokens.offsets, tokenizer.bos_id), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id
+    )
+    batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
+    return HeldOut(batch, torch.from_numpy(tokenizer.token_bytes()).long())
+
+
+def _with_steps(config: Any, steps: int) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(config, steps=steps)
