@@ -9,24 +9,33 @@ from collections.abc import Iterable
 import numpy as np
 
 _BANNER = re.compile(
-    r"""
-    (?:we|this\ (?:web)?site|our\ (?:web)?site)\ uses?\ (?:\w+\ )?cookies | (?:accept|reject|allow|manage)\ (?:all\ )?cookies? | cookie\ (?:policy|settings|preferences)$
-    | ^(?:skip|jump)\ to\ (?:main\ )?(?:content|navigation|search) | ^(?:back|return|go|scroll)\ to\ (?:the\ )?(?:top|home(?:page)?)\b
-    | all\ rights\ reserved\.?$ | ^(?:©|\(c\)|copyright\b).{0,80}\b(?:19|20)\d\d\b
-    | ^(?:terms\ of\ (?:use|service)|privacy\ policy)\b.{0,40}$ | ^(?:sign|log)\ (?:in|up|out)(?:\ (?:to|for|with)\ .{0,40})?$
-    | ^subscribe\ (?:to\ our|now|today)\b | ^(?:follow|like)\ us\ on\b | ^share\ (?:this|on)\b.{0,40}$ | ^(?:enable|turn\ on)\ javascript\b
-    | ^please\ enable\ (?:javascript|cookies)\b | ^(?:previous|next)\ (?:article|page|post)s?$ | ^(?:home|menu|search|login|register|share|print|advertisement)$
-    | ^(?:home|首页)\ ?(?:[|>»·/]\ ?\S+\ ?){2,}$
-    | 版权所有|版权声明|^(?:返回|回到)(?:顶部|首页) | ^(?:上一篇|下一篇|上一页|下一页)\b | ICP备\d+号|公网安备 | ^(?:分享到|扫一扫|关注我们|责任编辑)[：:]?.{0,20}$ | 接受(?:所有|全部)\ ?cookie
-    """,
-    re.IGNORECASE | re.VERBOSE,
+    "|".join(
+        (
+            r"(?:we|(?:this|our) (?:web)?site) uses? (?:\w+ )?cookies",
+            r"(?:accept|reject|allow|manage) (?:all )?cookies?|cookie (?:policy|settings|preferences)$",
+            r"^(?:skip|jump) to (?:main )?(?:content|navigation|search)",
+            r"^(?:back|return|go|scroll) to (?:the )?(?:top|home(?:page)?)\b",
+            r"all rights reserved\.?$|^(?:©|\(c\)|copyright\b).{0,80}\b(?:19|20)\d\d\b",
+            r"^(?:terms of (?:use|service)|privacy policy)\b.{0,40}$",
+            r"^(?:sign|log) (?:in|up|out)(?: (?:to|for|with) .{0,40})?$",
+            r"^subscribe (?:to our|now|today)\b|^(?:follow|like) us on\b|^share (?:this|on)\b.{0,40}$",
+            r"^(?:please )?(?:enable|turn on) (?:javascript|cookies)\b",
+            r"^(?:previous|next) (?:article|page|post)s?$",
+            r"^(?:home|menu|search|login|register|share|print|advertisement)$",
+            r"^(?:home|首页) ?(?:[|>»·/] ?\S+ ?){2,}$",
+            r"版权所有|版权声明|ICP备\d+号|公网安备|接受(?:所有|全部) ?cookie",
+            r"^(?:返回|回到)(?:顶部|首页)|^(?:上一篇|下一篇|上一页|下一页)\b",
+            r"^(?:分享到|扫一扫|关注我们|责任编辑)[：:]?.{0,20}$",
+        )
+    ),
+    re.IGNORECASE,
 )
 _BANNER_MAX_CHARS = 160
 """A longer line is a sentence that speaks of cookies or copyright."""
 
 _LICENCE = re.compile(
-    r"copyright|\(c\) (?:19|20)\d\d|©|licen[cs]ed? |spdx-license|all rights reserved|permission is hereby granted|redistribut|warrant(?:y|ies)"
-    r"|as is\b|liab(?:le|ility)|see the file .{0,20}licen[cs]e|permission to use, copy",
+    r"copyright|\(c\) (?:19|20)\d\d|©|licen[cs]ed? |spdx-license|all rights reserved|permission is hereby granted"
+    r"|permission to use, copy|redistribut|warrant(?:y|ies)|as is\b|liab(?:le|ility)|see the file .{0,20}licen[cs]e",
     re.IGNORECASE,
 )
 _COMMENT = re.compile(r"\s*(?:#|//|--|;;|%|\*|/\*)")
@@ -35,18 +44,15 @@ _KEEP_ON_TOP = re.compile(r"#!|#.*?coding[:=]|<\?(?:xml|php)")
 
 def strip_banner_lines(text: str) -> str:
     """Prose without cookie banners, navigation and copyright lines."""
-    if not _BANNER.search(text) and not any(_BANNER.search(line.strip()) for line in text.split("\n")):
-        return text
-    return "\n".join(
-        line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not _BANNER.search(line.strip())
-    )
+    kept = [line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not _BANNER.search(line.strip())]
+    return "\n".join(kept)
 
 
 def strip_licence_header(text: str) -> str:
     """Source code without those paragraphs of its leading comment that speak of copyright and licence.
 
-    The shebang, the coding line and everything else the comment says stay. Only the comment before the first line of code
-    is touched.
+    The shebang, the coding line and everything else the comment says stay. Only the comment before the first line of
+    code is touched.
     """
     lines = text.split("\n")
     top = 0
@@ -97,8 +103,8 @@ def _without_licence_blocks(header: list[str]) -> list[str]:
 class RepeatedLines:
     """Finds lines that stand in many documents (menus, disclaimers, signatures) with bounded memory.
 
-    A count-min sketch (Cormode & Muthukrishnan 2005) of 2 x 4M counters of 16 bits (16 MB): counts are never too low, and too
-    high by chance only in corpora of many millions of different lines, where two rows make that rare.
+    A count-min sketch (Cormode & Muthukrishnan 2005) of 2 x 4M counters of 16 bits (16 MB): counts are never too low,
+    and too high by chance only in corpora of many millions of different lines, where two rows make that rare.
     """
 
     WIDTH = 1 << 22

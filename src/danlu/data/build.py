@@ -1,7 +1,7 @@
 """`danlu data build`: read, clean, deduplicate, split, and write a corpus.
 
-Files are read and cleaned once, into a scratch file; of each document only a signature stays in memory. Then copies are found, the
-kept documents are split, and the scratch file is read again in a shuffled order to write the shards.
+Files are read and cleaned once, into a scratch file; of each document only a signature stays in memory. Then copies
+are found, the kept documents are split, and the scratch file is read again in a shuffled order to write the shards.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def build_data(config: DataConfig) -> DataFolder:
     The same files and config give the same bytes. Nothing is left in the output folder when anything goes wrong.
 
     Raises:
-        DanluError: no document can be read or is left after cleaning; a file is broken (see ``on_error``); the corpus is too
+        DanluError: no document can be read or is left after cleaning; a file is broken (see ``on_error``); the corpus
+        is too
             small to split; the output folder cannot be written or holds something else.
     """
     config = configs.validate(config)
@@ -58,16 +59,19 @@ def build_data(config: DataConfig) -> DataFolder:
     with _nothing_left_behind(stage, made_here), Spool(config.out) as spool:
         metrics, details = _fill(config, stage, sources, n_bytes, spool, on_error)
         stage.finish(metrics, details)
-    console.note(
-        f"{config.out}: {metrics['train_documents']:,} documents for training ({files.human_bytes(metrics['train_bytes'])}), "
-        f"{metrics['heldout_documents']:,} held out ({files.human_bytes(metrics['heldout_bytes'])})"
+    train, heldout = (
+        f"{metrics[f'{split}_documents']:,} documents ({files.human_bytes(metrics[f'{split}_bytes'])})"
+        for split in ("train", "heldout")
     )
+    console.note(f"{config.out}: {train} for training, {heldout} held out")
     return DataFolder(config.out)
 
 
 @contextlib.contextmanager
 def _nothing_left_behind(stage: Stage, made_here: bool) -> Iterator[None]:
-    """On any error, and before a run that was killed once is made again, drop the shards; on errors also let go of the folder."""
+    """On any error, and before a run that was killed once is made again, drop the shards; on errors also let go of
+    the folder.
+    """
 
     def drop_shards() -> None:
         for shard in stage.out.glob("*.parquet"):  # temporary ones, too: pathlib's * matches leading dots
@@ -117,8 +121,10 @@ def _fill(
         "bytes_read": read["bytes"],
         "bytes_kept": written["kept", "bytes"],
         "train_documents": written["train", "documents"],
+        "train_rows": written["train", "rows"],
         "train_bytes": written["train", "bytes"],
         "heldout_documents": written["heldout", "documents"],
+        "heldout_rows": written["heldout", "rows"],
         "heldout_bytes": written["heldout", "bytes"],
         "errors_skipped": on_error.count,
     }
@@ -134,7 +140,8 @@ def _fill(
                 "documents_read": read[source.name, "documents"],
                 "bytes_read": read[source.name, "bytes"],
                 "documents_kept": written[source.name, "documents"],
-                "rows_in_train": written[source.name, "rows"],
+                "train_documents": written[source.name, "train"],
+                "heldout_documents": written[source.name, "heldout"],
             }
             for source in sources
         ],
@@ -163,7 +170,9 @@ def _read_and_clean(
     spool: Spool,
     on_error: ErrorPolicy,
 ) -> Counter[Any]:
-    """Fill the spool and the deduplicator with what is left after cleaning; count what was read, in all and per source."""
+    """Fill the spool and the deduplicator with what is left after cleaning; count what was read, in all and per
+    source.
+    """
     options = ReaderOptions(config.encoding, config.text_field, config.separator, config.text_type)
     read: Counter[Any] = Counter()
     with console.progress("Reading and cleaning", total=n_bytes, unit="bytes") as advance:
@@ -186,7 +195,9 @@ def _read_and_clean(
 
 
 def _count_lines(spool: Spool, kept: list[int]) -> RepeatedLines:
-    """Lines of the kept prose: counted behind deduplication, lest every line of a document with many copies counts as boilerplate."""
+    """Lines of the kept prose: counted behind deduplication, lest every line of a document with many copies counts as
+    boilerplate.
+    """
     lines = RepeatedLines()
     for index in kept:
         record = spool[index].record
@@ -241,11 +252,12 @@ def _write(
                 writer = held if index in heldout else train
                 for document in _documents(config, source, item, key, number):
                     writer.write(document)
-                written[source.name, "rows"] += writer is train
+                written[writer.split, "documents"] += 1
+                written[source.name, writer.split] += 1
                 advance()
             todo, number = again, number + 1
     for writer in (train, held):
-        written[writer.split, "documents"] = writer.n_documents
+        written[writer.split, "rows"] = writer.n_documents
         written[writer.split, "bytes"] = writer.n_bytes
     return written
 
@@ -307,14 +319,14 @@ def _inputs(sources: list[Source]) -> dict[str, Input]:
 
 def _nothing_left(read: Counter[Any], cleaner: Cleaner, on_error: ErrorPolicy) -> str:
     if not read["documents"]:
-        return f"the corpus holds no documents ({on_error.count} errors were skipped, first: {on_error.messages[:1]}); mend its files"
-    by = ", ".join(
-        f"{report.name} {report.documents_removed}" for report in cleaner.reports.values() if report.documents_removed
-    )
-    sample = next(report.samples[0] for report in cleaner.reports.values() if report.documents_removed)
+        reasons = "".join(f"\n  - {message}" for message in on_error.messages[:5])
+        return f"the corpus holds no documents; {on_error.count} errors were skipped:{reasons}"
+    reports = [report for report in cleaner.reports.values() if report.documents_removed]
+    by = ", ".join(f"{report.name} {report.documents_removed}" for report in reports)
+    sample = reports[0].samples[0]
     return (
-        f"nothing is left of the corpus: all {read['documents']} documents were removed by cleaning ({by}; {sample['path']} "
-        f"was {sample['after']}); lower --min-chars or leave filters out with --skip-filters"
+        f"nothing is left of the corpus: all {read['documents']} documents were removed by cleaning ({by}); "
+        f"{sample['path']} was {sample['after']}; lower --min-chars or leave filters out with --skip-filters"
     )
 
 

@@ -1,5 +1,6 @@
-"""Long documents are cut where their structure allows it: Python between definitions, Markdown before headings, everything
-between paragraphs, then lines, then sentences (Chinese and Japanese ones too), then words, and only as a last resort anywhere.
+"""Long documents are cut where their structure allows it: Python between definitions, Markdown before headings,
+everything between paragraphs, then lines, then sentences (Chinese and Japanese ones too), then words, and only as a
+last resort anywhere.
 
 The chunks put together are the document again, character by character.
 """
@@ -30,9 +31,9 @@ _LEVELS: dict[Structure, tuple[re.Pattern[str], ...]] = {
 def chunks(text: str, max_chars: int, structure: Structure = "plain") -> list[str]:
     """Cut ``text`` into pieces of 1 to ``max_chars`` characters, so that ``"".join(chunks(text, n)) == text``.
 
-    A chunk ends at the last place of the coarsest structure that fits into it and leaves it at least half full; a top-level
-    definition is cut only when it is longer than that. Python is cut by its lines, not by its syntax tree, so that a file that
-    does not parse (Python 2, a template) is cut just as well.
+    A chunk ends at the last place of the coarsest structure that fits into it and leaves it at least half full; a
+    top-level definition is cut only when it is longer than that. Python is cut by its lines, not by its syntax tree,
+    so that a file that does not parse (Python 2, a template) is cut just as well.
     """
     pieces: list[str] = []
     start = 0

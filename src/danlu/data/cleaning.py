@@ -1,13 +1,14 @@
-"""The list of filters: each a named, documented, separately switchable pure function from a text to a text, or to a reason to drop it.
+"""The list of filters: each a named, documented, separately switchable pure function from a text to a text, or to a
+reason to drop it.
 
-A filter says for which types of text it is meant: prose, source code, chats. Of a chat it sees one message after the other.
+A filter says for which types of text it is meant: prose, source code, chats. Of a chat it sees one message after the
+other.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -46,7 +47,7 @@ class Filter:
     run: Callable[[str, TextType, Limits], str | Removed] | None
 
 
-# --- the filters ------------------------------------------------------------------------------------------------------------
+# --- the filters --------------------------------------------------------------------------------------------------
 
 MIN_ALPHANUMERIC = 10
 MAX_SYMBOLS_PER_WORD = 0.1  # Gopher
@@ -66,8 +67,9 @@ _BREAKS_CODE = re.compile("\r\n?")
 
 
 def repair_unicode(text: str, type: TextType, limits: Limits) -> str:
-    """Text decoded with the wrong encoding once (mojibake: "donâ€™t") is repaired, and composed (NFC). Quotes, ligatures,
-    full-width forms and HTML entities are the author's and stay."""
+    """Text decoded with the wrong encoding once (mojibake: "donâ€™t") is repaired, and composed (NFC). Quotes,
+    ligatures, full-width forms and HTML entities are the author's and stay.
+    """
     if text.isascii():
         return text
     import ftfy
@@ -93,7 +95,9 @@ def _ftfy_config() -> Any:
 
 
 def strip_control(text: str, type: TextType, limits: Limits) -> str:
-    """Line ends become LF. In prose, control and invisible characters go; in code only NUL, marks and bidirectional overrides."""
+    """Line ends become LF. In prose, control and invisible characters go; in code only NUL, marks and bidirectional
+    overrides.
+    """
     if type == "code":
         return _CONTROL_CODE.sub("", _BREAKS_CODE.sub("\n", text))
     return _CONTROL_PROSE.sub("", _BREAKS_PROSE.sub("\n", text))
@@ -122,7 +126,7 @@ def remove_by_length(text: str, type: TextType, limits: Limits) -> str | Removed
         longest, mean = max(map(len, text.split("\n"))), len(text) / (text.count("\n") + 1)
         if longest > MAX_CODE_LINE or mean > MAX_CODE_LINE_MEAN:
             return Removed(
-                f"lines of {mean:.0f} characters in the mean, up to {longest} (limits {MAX_CODE_LINE_MEAN}, {MAX_CODE_LINE})"
+                f"lines of {mean:.0f} characters, up to {longest} (limits {MAX_CODE_LINE_MEAN}, {MAX_CODE_LINE})"
             )
     return text
 
@@ -183,23 +187,29 @@ def mask_pii(text: str, type: TextType, limits: Limits) -> str:
     return mask(text, is_code=type == "code")
 
 
+_PROSE: tuple[TextType, ...] = ("prose",)
 _TEXT: tuple[TextType, ...] = ("prose", "code")
+_ALL: tuple[TextType, ...] = ("prose", "code", "chat")
 FILTERS: tuple[Filter, ...] = (
     Filter("unicode", "Repair mojibake, compose characters (NFC).", ("prose", "chat"), repair_unicode),
-    Filter("control", "Unify line ends; drop control, invisible and bidirectional characters.", (*_TEXT, "chat"), strip_control),
-    Filter("boilerplate", "Drop banner, navigation and copyright lines; licence headers in code.", _TEXT, strip_boilerplate),
-    Filter("repeated_lines", "Drop lines that stand in at least 20 documents and 1 % of them.", ("prose",), None),
+    Filter("control", "Unify line ends; drop control, invisible and bidirectional characters.", _ALL, strip_control),
+    Filter(
+        "boilerplate", "Drop banner and navigation lines of prose, licence headers of code.", _TEXT, strip_boilerplate
+    ),
+    Filter("repeated_lines", "Drop lines that stand in at least 20 documents and 1 % of them.", _PROSE, None),
     Filter("near_empty", "Remove documents with hardly a letter.", _TEXT, remove_near_empty),
-    Filter("length", "Remove documents that are too short, and code with machine-made long lines.", _TEXT, remove_by_length),
+    Filter(
+        "length", "Remove documents that are too short, and code with machine-made long lines.", _TEXT, remove_by_length
+    ),
     Filter("symbols", "Remove documents with more symbols than words.", _TEXT, remove_symbols),
-    Filter("repetition", "Remove prose that repeats its lines, paragraphs or n-grams (Gopher).", ("prose",), remove_repetitive),
-    Filter("language", "Remove prose in languages not asked for (off without `languages`).", ("prose",), remove_other_languages),
-    Filter("pii", "Mask e-mail addresses, phone, ID, card and account numbers, keys and tokens.", (*_TEXT, "chat"), mask_pii),
-)  # fmt: skip
+    Filter("repetition", "Remove prose that repeats lines, paragraphs or n-grams (Gopher).", _PROSE, remove_repetitive),
+    Filter("language", "Remove prose not in one of `languages` (off without them).", _PROSE, remove_other_languages),
+    Filter("pii", "Mask e-mail addresses, phone, ID, card and account numbers, keys and tokens.", _ALL, mask_pii),
+)
 FILTER_NAMES = tuple(each.name for each in FILTERS)
 
 
-# --- running them -----------------------------------------------------------------------------------------------------------
+# --- running them -------------------------------------------------------------------------------------------------
 
 N_SAMPLES = 5
 EXCERPT = 160
@@ -261,7 +271,9 @@ class Cleaner:
         return text
 
     def after_repeated_lines(self, text: str, stripped: str, path: str, report: bool) -> str | None:
-        """What is left when `repeated_lines` made ``stripped`` out of ``text``: None when that is too little for a document."""
+        """What is left when `repeated_lines` made ``stripped`` out of ``text``: None when that is too little for a
+        document.
+        """
         if stripped == text:
             return text
         result: str | Removed = stripped
@@ -287,8 +299,13 @@ def _excerpt(before: str, after: str | Removed) -> dict[str, str]:
     """What changed, with a little of what stands around it."""
     if isinstance(after, Removed):
         return {"before": before[:EXCERPT], "after": f"removed: {after.reason}"}
-    same = len(os.path.commonprefix([before, after]))
+    same = _common_prefix(before, after)
+    tail = _common_prefix(before[same:][::-1], after[same:][::-1])
     start = max(0, same - EXCERPT // 4)
-    tail = len(os.path.commonprefix([before[same:][::-1], after[same:][::-1]]))
     ends = [min(len(text) - tail + EXCERPT // 4, start + EXCERPT) for text in (before, after)]
     return {"before": before[start : ends[0]], "after": after[start : ends[1]]}
+
+
+def _common_prefix(left: str, right: str) -> int:
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(left), len(right)))

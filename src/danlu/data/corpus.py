@@ -21,9 +21,9 @@ from danlu.formats.card import CARD, RUN
 Format = Literal["text", "code", "jsonl", "json", "csv", "tsv", "parquet", "html", "pdf"]
 
 _CODE = """
-    bash c cc cl clj cpp cs css cu cuh cxx dart el erl ex exs f f90 fish fs go gradle groovy h hh hpp hs hxx java jl js jsx kt kts
-    lean less lisp lua m ml mli mm nim pas php pl pm proto ps1 py pyi pyx r rb rs s sass scala scm scss sh sol sql svelte swift
-    tcl thrift toml ts tsx v vb vhd vim vue yaml yml zig zsh
+    bash c cc cl clj cpp cs css cu cuh cxx dart el erl ex exs f f90 fish fs go gradle groovy h hh hpp hs hxx java jl
+    js jsx kt kts lean less lisp lua m ml mli mm nim pas php pl pm proto ps1 py pyi pyx r rb rs s sass scala scm scss
+    sh sol sql svelte swift tcl thrift toml ts tsx v vb vhd vim vue yaml yml zig zsh
 """
 FORMATS: dict[str, Format] = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".adoc", ".org"), "text"),
@@ -104,8 +104,8 @@ def find_sources(
 ) -> list[Source]:
     """Resolve every entry of a corpus into its files, in a fixed order.
 
-    Hidden files and folders, ``__pycache__``, ``node_modules``, ``site-packages`` and folders below that danlu made are passed
-    over; links are followed.
+    Hidden files and folders, ``__pycache__``, ``node_modules``, ``site-packages`` and folders below that danlu made
+    are passed over; links are followed.
 
     Raises:
         DanluError: an entry does not exist or holds no file of a known kind; a link is broken or leads in a circle.
@@ -130,15 +130,17 @@ def find_sources(
         if not source.files:
             ignored = ", ".join(f"{count} {suffix}" for suffix, count in sorted(source.ignored.items()))
             raise DanluError(
-                f"{path}: holds no file to read{f' ({ignored} passed over)' * bool(ignored)}; "
-                "known kinds are text, source code, JSONL, JSON, CSV, Parquet, HTML and PDF, others are read as text with --include"
+                f"{path}: holds no file to read{f' ({ignored} passed over)' * bool(ignored)}; known kinds are text, "
+                "source code, JSONL, JSON, CSV, Parquet, HTML and PDF; others are read as text with --include"
             )
         sources.append(source)
     return sources
 
 
 def fingerprint(source: Source) -> str:
-    """Hex digest of the name and weight of a source and of the names and contents of everything that will be read of it."""
+    """Hex digest of the name and weight of a source and of the names and contents of everything that will be read of
+    it.
+    """
     digest = hashlib.sha256(f"{source.name}\0{source.weight}\n".encode())
     for file in source.files:
         digest.update(f"{file.name}\0{_content_hash(file.path)}\n".encode(errors="surrogateescape"))
@@ -174,7 +176,7 @@ def _files_of(
         matched = sorted(Path(m) for m in glob.glob(pattern, recursive=True) if os.path.isfile(m))
         if not matched:
             raise DanluError(f"{path}: matches no file; quote the pattern and use ** for folders below")
-        fixed = [part for part in _before_magic(Path(pattern).parts[:-1])]
+        fixed = list(_before_magic(Path(pattern).parts[:-1]))
         root = Path(*fixed) if fixed else Path()
         return root.resolve().name or "root", ((m, m.relative_to(root).as_posix(), True) for m in matched)
     if target.is_symlink():

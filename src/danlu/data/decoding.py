@@ -17,7 +17,9 @@ from danlu.files import human_bytes
 
 BLOCK = 1 << 20
 WHOLE_FILE_LIMIT = 256 << 20
-"""Formats that cannot be read in a stream (HTML, PDF, source code) are refused above this, so that memory stays bounded."""
+"""Formats that cannot be read in a stream (HTML, PDF, source code) are refused above this, so that memory stays
+bounded.
+"""
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -90,13 +92,14 @@ def read_whole(path: Path, compression: str | None) -> bytes:
         content = stream.read(WHOLE_FILE_LIMIT + 1)
     if len(content) > WHOLE_FILE_LIMIT:
         raise DanluError(
-            f"{path}: is larger than {human_bytes(WHOLE_FILE_LIMIT)}, too large for one document; cut it, or --exclude it"
+            f"{path}: is larger than {human_bytes(WHOLE_FILE_LIMIT)}, too large for one document; --exclude it"
         )
     return content
 
 
 def encoding_of(path: Path, head: bytes, default: str, is_python: bool = False) -> str:
-    """The encoding of a text file that begins with ``head``: by its byte order mark, its PEP 263 cookie, or ``default``.
+    """The encoding of a text file that begins with ``head``: by its byte order mark, its PEP 263 cookie, or
+    ``default``.
 
     Raises:
         DanluError: the head is that of a binary file.
@@ -108,10 +111,9 @@ def encoding_of(path: Path, head: bytes, default: str, is_python: bool = False) 
         if head.startswith(magic):
             raise DanluError(f"{path}: is not text but {what}; --exclude it otherwise")
     if b"\0" in head and not default.lower().replace("_", "-").startswith(("utf-16", "utf-32")):
-        line = head.count(b"\n", 0, head.index(b"\0")) + 1
-        raise DanluError(
-            f"{path}:{line}: is a binary file (zero byte at {head.index(bytes(1))}); --exclude it, or name its --encoding"
-        )
+        at = head.index(b"\0")
+        line = head.count(b"\n", 0, at) + 1
+        raise DanluError(f"{path}:{line}: is a binary file (zero byte at {at}); --exclude it, or name its --encoding")
     if is_python:
         try:
             cookie, _ = tokenize.detect_encoding(io.BytesIO(head).readline)

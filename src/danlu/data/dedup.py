@@ -1,9 +1,10 @@
 """Which documents are copies or near-copies of others: exact by hash, near by MinHash and locality-sensitive hashing.
 
-Signatures are cut into 32 bands of 4 values; documents that agree in a whole band are candidates (Leskovec et al., "Mining of Massive
-Datasets", ch. 3). A pair of similarity s becomes one with probability 1 - (1 - s^4)^32: 1.000 at 0.8, 0.987 at 0.6, 0.87 at 0.5, 0.05 at
-0.2. So many bands cost few comparisons and serve both uses: *near-duplicates* (checked on the exact sets) are removed, and documents
-that are merely *related* stay but are kept on one side of the train/held-out split.
+Signatures are cut into 32 bands of 4 values; documents that agree in a whole band are candidates (Leskovec et al.,
+"Mining of Massive Datasets", ch. 3). A pair of similarity s becomes one with probability 1 - (1 - s^4)^32: 1.000 at
+0.8, 0.987 at 0.6, 0.87 at 0.5, 0.05 at 0.2. So many bands cost few comparisons and serve both uses: *near-duplicates*
+(checked on the exact sets) are removed, and documents that are merely *related* stay but are kept on one side of the
+train/held-out split.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ BANDS, ROWS = 32, 4
 RELATED = 0.5
 """Estimated similarity from which on two documents must not be on both sides of the split."""
 MARGIN = 0.1
-"""Pairs whose estimate is within this of the threshold are compared exactly (twice the standard error of the estimate)."""
+"""Pairs whose estimate is within this of the threshold are compared exactly (twice the standard error of the
+estimate).
+"""
 BUCKET_ALL_PAIRS = 32
-"""In larger buckets every document is compared to the first and to its neighbour only; 32 bands give many other chances."""
+"""In larger buckets every document is compared to the first and to its neighbour only; 32 bands give many other
+chances.
+"""
 
 
 @dataclass
@@ -76,7 +81,8 @@ class UnionFind:
 
 
 class Deduplicator:
-    """Takes documents one after the other, keeps 16 bytes (exact) or 528 bytes (near) of each, then tells which are copies.
+    """Takes documents one after the other, keeps 16 bytes (exact) or 528 bytes (near) of each, then tells which are
+    copies.
 
     Args:
         near: also look for near-duplicates.
@@ -130,7 +136,9 @@ class Deduplicator:
         return Duplicates(copy_of, related.roots(), n_exact, n_removed - n_exact, pairs)
 
     def _candidates(self) -> Iterator[tuple[int, int, float]]:
-        """Pairs (earlier, later, estimated similarity) that share a band, each band's in order; a pair may come again."""
+        """Pairs (earlier, later, estimated similarity) that share a band, each band's in order; a pair may come
+        again.
+        """
         if len(self._signatures) < 2:
             return
         signatures = np.stack(self._signatures)

@@ -1,10 +1,11 @@
 """MinHash signatures (Broder 1997, "On the resemblance and containment of documents"), vectorised over characters.
 
-A document is the set of its word 3-grams (shingles); two documents are as alike as the Jaccard similarity of their sets. The share of
-equal slots of two signatures estimates it with a standard error of sqrt(J (1 - J) / 128), at most 0.044.
+A document is the set of its word 3-grams (shingles); two documents are as alike as the Jaccard similarity of their
+sets. The share of equal slots of two signatures estimates it with a standard error of sqrt(J (1 - J) / 128), at most
+0.044.
 
-Three words rather than the usual five: when 3 % of the words are edited here and there, the similarity of 3-grams is still 0.84,
-that of 5-grams 0.75, while unrelated texts share few of either.
+Three words rather than the usual five: when 3 % of the words are edited here and there, the similarity of 3-grams is
+still 0.84, that of 5-grams 0.75, while unrelated texts share few of either.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ _SCRIPTS_WITHOUT_SPACES = (
 def shingles(text: str) -> NDArray[np.uint32]:
     """The sorted set of 32-bit hashes of the word 3-grams of a text, without regard to case, spacing and punctuation.
 
-    A word is a run of letters, digits and underscores; in scripts without spaces every character is a word. A text shorter than
-    three words is one shingle; a text without words is the empty set.
+    A word is a run of letters, digits and underscores; in scripts without spaces every character is a word. A text
+    shorter than three words is one shingle; a text without words is the empty set.
     """
     parts = [_shingles_of_slice(text[start : start + _SLICE]) for start in range(0, len(text), _SLICE)]
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint32)
 
 
 def signature(shingle_set: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """(128,) smallest value of each of 128 fixed pseudo-random permutations over a set of hashes; all ones for the empty set."""
+    """(128,) smallest value of each of 128 fixed pseudo-random permutations over a set of hashes; all ones for the
+    empty set.
+    """
     multiply, add = _permutations()
     smallest = np.full(N_PERMUTATIONS, np.iinfo(np.uint32).max, np.uint32)
     for start in range(0, len(shingle_set), _BLOCK):
@@ -107,12 +110,14 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @functools.cache
 def _powers() -> NDArray[np.uint64]:
-    return np.cumprod(np.full(_LONGEST_WORD, 0x9E3779B97F4A7C15, np.uint64))
+    return np.cumprod(np.full(_LONGEST_WORD, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
 
 
 @functools.cache
 def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-    """Kind and random code of every character of the basic plane; the last entry stands for all others, each a word of its own."""
+    """Kind and random code of every character of the basic plane; the last entry stands for all others, each a word
+    of its own.
+    """
     kinds = np.full((1 << 16) + 1, _SINGLE, np.uint8)
     for code in range(1 << 16):
         char = chr(code)

@@ -1,8 +1,9 @@
-"""Masking of personal data and secrets: what looks like one *and* passes its check digits is replaced with a tag such as ``<EMAIL>``.
+"""Masking of personal data and secrets: what looks like one *and* passes its check digits is replaced with a tag such
+as ``<EMAIL>``.
 
-Precision comes first, since a wrong mask damages a corpus on every page: numbers need their check digits (Luhn, ISO 7064, mod 97),
-valid dates or the separators people write, addresses a real top-level domain, secrets a known prefix. Addresses and numbers that
-are reserved for documentation (RFC 2606 `example.com`, 555-01xx) are nobody's and stay.
+Precision comes first, since a wrong mask damages a corpus on every page: numbers need their check digits (Luhn, ISO
+7064, mod 97), valid dates or the separators people write, addresses a real top-level domain, secrets a known prefix.
+Addresses and numbers that are reserved for documentation (RFC 2606 `example.com`, 555-01xx) are nobody's and stay.
 """
 
 from __future__ import annotations
@@ -22,28 +23,27 @@ class Rule:
     tag: str
     pattern: re.Pattern[str]
     check: Callable[[re.Match[str], bool], bool]
-    hint: re.Pattern[str] | None = None
+    hint: re.Pattern[str]
 
 
 def mask(text: str, is_code: bool = False) -> str:
     """``text`` with personal data and secrets replaced by tags. In code, bare digits count only inside quotes."""
     for rule in RULES:
-        if rule.hint is not None and not rule.hint.search(text):
-            continue
-        tag, check = rule.tag, rule.check
-        text = rule.pattern.sub(lambda m, tag=tag, check=check: _masked(m, tag) if check(m, is_code) else m[0], text)  # type: ignore[misc]
+        if rule.hint.search(text):
+            text = rule.pattern.sub(lambda found, rule=rule: _tagged(found, rule, is_code), text)  # type: ignore[misc]
     return text
 
 
-def _masked(match: re.Match[str], tag: str) -> str:
-    """The match with its group ``secret`` (or all of it) replaced."""
-    if "secret" not in match.re.groupindex:
-        return tag
-    start, end = match.span("secret")
-    return match[0][: start - match.start()] + tag + match[0][end - match.start() :]
+def _tagged(match: re.Match[str], rule: Rule, is_code: bool) -> str:
+    """The match with its group ``secret`` (or all of it) replaced, if it passes the rule's check."""
+    if not rule.check(match, is_code):
+        return match[0]
+    group = "secret" if "secret" in match.re.groupindex else 0
+    start, end = match.start(group) - match.start(), match.end(group) - match.start()
+    return match[0][:start] + rule.tag + match[0][end:]
 
 
-# --- check digits -----------------------------------------------------------------------------------------------------------
+# --- check digits ----------------------------------------------------------------------------------------------
 
 
 def luhn_valid(digits: str) -> bool:
@@ -56,7 +56,9 @@ def luhn_valid(digits: str) -> bool:
 
 
 def resident_id_valid(number: str) -> bool:
-    """Chinese resident identity number (GB 11643): 17 digits with a birth date and an ISO 7064 MOD 11-2 check character."""
+    """Chinese resident identity number (GB 11643): 17 digits with a birth date and an ISO 7064 MOD 11-2 check
+    character.
+    """
     weights = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
     total = sum(int(digit) * weight for digit, weight in zip(number[:17], weights, strict=True))
     if "10X98765432"[total % 11] != number[17].upper():
@@ -77,40 +79,33 @@ def iban_valid(iban: str) -> bool:
 
 
 def ssn_valid(number: str) -> bool:
-    """US social security number AAA-GG-SSSS: no check digit, but blocks that were never given out, and two used in adverts."""
+    """US social security number AAA-GG-SSSS: no check digit, but blocks that were never given out, and two used in
+    adverts.
+    """
     area, group, serial = number.split("-")
     given_out = area not in ("000", "666") and area < "900" and group != "00" and serial != "0000"
     return given_out and number not in ("078-05-1120", "219-09-9999")
 
 
-# --- rules ------------------------------------------------------------------------------------------------------------------
+# --- rules -----------------------------------------------------------------------------------------------------
 
-_IBAN_LENGTH = dict(
-    AD=24, AE=23, AL=28, AT=20, AZ=28, BA=20, BE=16, BG=22, BH=22, BR=29, BY=28, CH=21, CR=22, CY=28, CZ=24, DE=22, DK=18,
-    DO=28, EE=20, EG=29, ES=24, FI=18, FO=18, FR=27, GB=22, GE=22, GI=23, GL=18, GR=27, GT=28, HR=21, HU=28, IE=22, IL=23,
-    IQ=23, IS=26, IT=27, JO=30, KW=30, KZ=20, LB=28, LI=21, LT=20, LU=20, LV=21, MC=27, MD=24, ME=22, MK=19, MR=27, MT=31,
-    MU=30, NL=18, NO=15, PK=24, PL=28, PS=29, PT=25, QA=29, RO=24, RS=22, SA=24, SE=24, SI=19, SK=24, SM=27, TN=24, TR=26,
-    UA=29, VA=22, VG=24, XK=20,
-)  # fmt: skip
+_IBAN_LENGTHS = """
+    AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 EG29 ES24 FI18
+    FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LI21 LT20 LU20
+    LV21 MC27 MD24 ME22 MK19 MR27 MT31 MU30 NL18 NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SE24 SI19 SK24 SM27
+    TN24 TR26 UA29 VA22 VG24 XK20
+"""
+_IBAN_LENGTH = {entry[:2]: int(entry[2:]) for entry in _IBAN_LENGTHS.split()}
 
 _GENERIC_TLDS = """
-    academy agency ai app art biz blog bot center chat club cloud co codes com company computer consulting design dev digital
-    edu education email engineering expert foundation fun games gmbh gov group guru health host info ink institute int international io
-    jobs land law life link live llc ltd market media mil mobi museum name net network news ngo online org page photo pro
-    science services shop site social software solutions space store studio support systems team tech technology tel today tools
-    top travel university vip website wiki work works world xyz zone
+    academy agency ai app art biz blog bot center chat club cloud co codes com company computer consulting design
+    dev digital edu education email engineering expert foundation fun games gmbh gov group guru health host info ink
+    institute int international io jobs land law life link live llc ltd market media mil mobi museum name net
+    network news ngo online org page photo pro science services shop site social software solutions space store
+    studio support systems team tech technology tel today tools top travel university vip website wiki work works
+    world xyz zone
 """
-_TLDS = frozenset(_GENERIC_TLDS.split())
-_COUNTRY_TLDS = frozenset(
-    """
-    ac ad ae af ag al am ao ar as at au aw az ba bb bd be bf bg bh bi bj bm bn bo br bs bt bw by bz ca cc cd cf cg ch ci ck cl
-    cm cn cr cu cv cw cx cy cz de dj dk dm do dz ec ee eg er es et eu fi fj fk fm fo fr ga gb gd ge gf gg gh gi gl gm gn gp gq gr
-    gt gu gw gy hk hm hn hr ht hu id ie il im in iq ir is it je jm jo jp ke kg kh ki km kn kp kr kw ky kz la lb lc li lk lr ls
-    lt lu lv ly ma mc md me mg mh mk ml mm mn mo mp mq mr ms mt mu mv mw mx my mz na nc ne nf ng ni nl no np nr nu nz om pa pe pf
-    pg ph pk pl pm pn pr ps pt pw py qa re ro rs ru rw sa sb sc sd se sg sh si sk sl sm sn so sr ss st su sv sx sy sz tc td tf
-    tg th tj tk tl tm tn to tr tt tv tw tz ua ug uk us uy uz va vc ve vg vi vn vu wf ws ye yt za zm zw
-    """.split()
-)
+_TLDS = frozenset(_GENERIC_TLDS.split())  # besides the two letters of countries
 _RESERVED = re.compile(
     r"(?:^|[.@])(?:example(?:\.(?:com|net|org|edu|co\.\w\w))?|test|invalid|localhost|local|localdomain|(?:example|domain|server|host"
     r"|foo|bar|spam|yourdomain|mydomain)\.(?:com|net|org))$",
@@ -122,7 +117,7 @@ _ROLE = re.compile(r"git|hg|svn|user|username|no-?reply|do-?not-?reply", re.IGNO
 def _email(match: re.Match[str], is_code: bool) -> bool:
     user, _, domain = match[0].rpartition("@")
     top = domain.rpartition(".")[2].lower()
-    if top not in _TLDS and top not in _COUNTRY_TLDS and not top.startswith("xn--"):
+    if top not in _TLDS and len(top) > 2 and not top.startswith("xn--"):
         return False  # a file name, a version, the matrix product a@b.T
     if _RESERVED.search("@" + domain) or _ROLE.fullmatch(user):
         return False
@@ -156,90 +151,92 @@ def _resident_id(match: re.Match[str], is_code: bool) -> bool:
 
 
 def _secret_value(match: re.Match[str], is_code: bool) -> bool:
-    """A quoted value of a variable called like a secret: mixed letters and digits of high entropy, no words, no place-holder."""
+    """A quoted value of a variable called like a secret: letters and digits of high entropy, no place-holder."""
     value = match["secret"]
-    if not (re.search(r"[0-9]", value) and re.search(r"[A-Za-z]", value)) or re.search(
-        r"example|xxxx|your|test|dummy|1234", value, re.I
-    ):
+    if not re.search(r"\d", value) or not re.search(r"[A-Za-z]", value) or _PLACE_HOLDER.search(value):
         return False
     counts = Counter(value)
     entropy = -sum(count / len(value) * math.log2(count / len(value)) for count in counts.values())
-    return entropy > 3.5 if not re.fullmatch(r"[0-9a-fA-F]+", value) else entropy > 3.0
+    return entropy > (3.0 if re.fullmatch(r"[0-9a-fA-F]+", value) else 3.5)
 
 
 def _always(match: re.Match[str], is_code: bool) -> bool:
     return True
 
 
-# A number is not the piece of a longer number, of a name, of a decimal, of a version or of a hash.
+_PLACE_HOLDER = re.compile(r"example|xxxx|your|test|dummy|1234", re.IGNORECASE)
+
+# A number is not the piece of a longer number, of a name, of a decimal, of a version, of a link or of a hash.
 _ALONE, _END = r"(?<![\w.+\-/#&=])", r"(?![\w\-/]|[.,]\d)"
 
+
+def _rule(tag: str, check: Callable[[re.Match[str], bool], bool], hint: str, *pattern: str) -> Rule:
+    r"""``\w`` and ``\d`` are ASCII, so that a match may touch a Chinese character."""
+    return Rule(tag, re.compile("".join(pattern), re.ASCII), check, re.compile(hint, re.ASCII))
+
+
 RULES: tuple[Rule, ...] = (
-    Rule(
+    _rule(
         "<PRIVATE_KEY>",
-        re.compile(r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{64,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
         _always,
-        re.compile("PRIVATE KEY"),
+        "PRIVATE KEY",
+        r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[\s\S]{64,20000}?",
+        r"-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
     ),
-    Rule(
+    _rule(
         "<API_KEY>",
-        re.compile(
-            r"(?<![\w\-])(?:(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS
-            r"|gh[pousr]_[0-9A-Za-z]{36,255}|github_pat_[0-9A-Za-z_]{60,255}|glpat-[\w\-]{20,}"  # GitHub, GitLab
-            r"|sk-(?:proj-|ant-|or-|svcacct-)?(?=[\w\-]*\d)[A-Za-z0-9_\-]{32,}"  # OpenAI and those who took up its prefix
-            r"|[rs]k_live_[0-9A-Za-z]{20,}|xox[abprs]-[0-9A-Za-z\-]{10,}"  # Stripe, Slack
-            r"|AIza[0-9A-Za-z_\-]{35}|hf_[A-Za-z]{34}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w\-]{50,}"  # Google, Hugging Face, npm, PyPI
-            r"|eyJ[\w\-]{10,}\.eyJ[\w\-]{10,}\.[\w\-]{20,})(?![\w\-])",  # JSON web tokens
-            re.ASCII,
-        ),
         _always,
-        re.compile(r"AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|sk-|k_live_|xox|AIza|hf_|npm_|pypi-|eyJ"),
+        r"AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|sk-|k_live_|xox|AIza|hf_|npm_|pypi-|eyJ",
+        r"(?<![\w\-])(?:(?:AKIA|ASIA)[0-9A-Z]{16}",  # AWS
+        r"|gh[pousr]_[0-9A-Za-z]{36,255}|github_pat_[0-9A-Za-z_]{60,255}|glpat-[\w\-]{20,}",  # GitHub, GitLab
+        r"|sk-(?:proj-|ant-|or-|svcacct-)?(?=[\w\-]*\d)[A-Za-z0-9_\-]{32,}",  # OpenAI, and others after it
+        r"|[rs]k_live_[0-9A-Za-z]{20,}|xox[abprs]-[0-9A-Za-z\-]{10,}|AIza[0-9A-Za-z_\-]{35}",  # Stripe, Slack, Google
+        r"|hf_[A-Za-z]{34}|npm_[A-Za-z0-9]{36}|pypi-AgEI[\w\-]{50,}",  # Hugging Face, npm, PyPI
+        r"|eyJ[\w\-]{10,}\.eyJ[\w\-]{10,}\.[\w\-]{20,})(?![\w\-])",  # JSON web tokens
     ),
-    Rule(
+    _rule(
         "<SECRET>",
-        re.compile(
-            r"(?i)(?:api|access|auth|secret|private|client)[_-]?(?:key|token|secret)[\"']?\s*[:=]\s*[\"'](?P<secret>[\w+/=\-.]{20,200})[\"']",
-            re.ASCII,
-        ),
         _secret_value,
-        re.compile(r"[:=]\s{0,9}[\"'][\w+/=\-.]{20}", re.ASCII),
+        r"[:=]\s{0,9}[\"'][\w+/=\-.]{20}",
+        r"(?i)(?:api|access|auth|secret|private|client)[_-]?(?:key|token|secret)[\"']?\s{0,9}[:=]\s{0,9}",
+        r"[\"'](?P<secret>[\w+/=\-.]{20,200})[\"']",
     ),
-    Rule(
+    _rule(
         "<EMAIL>",
-        re.compile(
-            r"(?<![\w.+%@/\-])[A-Za-z0-9](?:[\w.+%\-]{0,62}[\w+%\-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}"
-            r"[A-Za-z][A-Za-z0-9\-]{1,23}(?![\w@])",
-            re.ASCII,
-        ),
         _email,
-        re.compile(r"[\w+%\-]@[A-Za-z0-9]", re.ASCII),
+        r"[\w+%\-]@[A-Za-z0-9]",
+        r"(?<![\w.+%@/\-])[A-Za-z0-9](?:[\w.+%\-]{0,62}[\w+%\-])?",
+        r"@(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z][A-Za-z0-9\-]{1,23}(?![\w@])",
     ),
-    Rule(
+    _rule(
         "<IBAN>",
-        re.compile(r"(?<![\w\-])[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,4})?)(?![\w\-])", re.ASCII),
-        lambda m, is_code: iban_valid(m[0]),
-        re.compile(r"[A-Z][A-Z]\d\d[ A-Z0-9]{5}", re.ASCII),
+        lambda match, is_code: iban_valid(match[0]),
+        r"[A-Z][A-Z]\d\d[ A-Z0-9]{5}",
+        r"(?<![\w\-])[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,4})?)(?![\w\-])",
     ),
-    Rule("<ID_NUMBER>", re.compile(_ALONE + r"[1-9]\d{16}[\dXx]" + _END, re.ASCII), _resident_id, re.compile("[0-9]{17}")),
-    Rule("<ID_NUMBER>", re.compile(_ALONE + r"\d{3}-\d{2}-\d{4}" + _END, re.ASCII), lambda m, is_code: ssn_valid(m[0]), re.compile("[0-9]-[0-9]{2}-[0-9]{4}")),
-    Rule(
-        "<CARD_NUMBER>",  # Visa, Mastercard, American Express, Discover, JCB, UnionPay; bare or in the groups printed on the card
-        re.compile(
-            _ALONE + r"(?:(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6(?:011|5\d\d|2\d\d)|35\d\d)(?:(?P<s>[ \-])\d{4}(?P=s)\d{4}(?P=s)\d{4}|\d{12}(?:\d{3})?)"
-            r"|3[47]\d\d(?:(?P<t>[ \-])\d{6}(?P=t)\d{5}|\d{11}))" + _END,
-            re.ASCII,
-        ),
+    _rule("<ID_NUMBER>", _resident_id, r"[0-9]{17}", _ALONE, r"[1-9]\d{16}[\dXx]", _END),
+    _rule(
+        "<ID_NUMBER>",
+        lambda match, is_code: ssn_valid(match[0]),
+        r"[0-9]-[0-9]{2}-[0-9]{4}",
+        _ALONE + r"\d{3}-\d{2}-\d{4}" + _END,
+    ),
+    _rule(  # Visa, Mastercard, Discover, UnionPay, JCB, American Express: bare, or in the groups printed on the card
+        "<CARD_NUMBER>",
         _card,
-        re.compile(r"[0-9]{13}|[0-9]{4}[ \-][0-9]{4}"),
+        r"[0-9]{13}|[0-9]{4}[ \-][0-9]{4}",
+        _ALONE,
+        r"(?:(?:4\d{3}|5[1-5]\d\d|2[2-7]\d\d|6(?:011|5\d\d|2\d\d)|35\d\d)",
+        r"(?:(?P<s>[ \-])\d{4}(?P=s)\d{4}(?P=s)\d{4}|\d{12}(?:\d{3})?)",
+        r"|3[47]\d\d(?:(?P<t>[ \-])\d{6}(?P=t)\d{5}|\d{11}))",
+        _END,
     ),
-    Rule(
-        "<PHONE>",  # +CC..., (212) 456-7890, 212-456-7890, Chinese mobile numbers
-        re.compile(
-            r"(?<![\w.+\-/#&=)])(?:\+[1-9]\d{0,2}(?:[ \-]?\(\d{1,4}\))?(?:[ \-]\d{2,4}){2,4}|\+[1-9]\d{9,13}"
-            r"|\([2-9]\d\d\) ?[2-9]\d\d-\d{4}|[2-9]\d\d-[2-9]\d\d-\d{4}|1[3-9]\d{9}|1[3-9]\d-\d{4}-\d{4})(?![\w/]|-\w|[.,]\d)",
-            re.ASCII,
-        ),
+    _rule(  # international numbers, (212) 456-7890, 212-456-7890, Chinese mobile numbers
+        "<PHONE>",
         _phone,
-        re.compile(r"\+[1-9]|[0-9]{11}|[0-9]{3}-[0-9]{3,4}-[0-9]{4}|[0-9]\) ?[0-9]{3}-"),
+        r"\+[1-9]|[0-9]{11}|[0-9]{3}-[0-9]{3,4}-[0-9]{4}|[0-9]\) ?[0-9]{3}-",
+        r"(?<![\w.+\-/#&=)])(?:\+[1-9]\d{0,2}(?:[ \-]?\(\d{1,4}\))?(?:[ \-]\d{2,4}){2,4}|\+[1-9]\d{9,13}",
+        r"|\([2-9]\d\d\) ?[2-9]\d\d-\d{4}|[2-9]\d\d-[2-9]\d\d-\d{4}|1[3-9]\d{9}|1[3-9]\d-\d{4}-\d{4})",
+        r"(?![\w/]|-\w|[.,]\d)",
     ),
-)  # fmt: skip
+)

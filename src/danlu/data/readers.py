@@ -1,7 +1,8 @@
 """Readers: every kind of file as a stream of records. A record is one text or chat before cleaning.
 
-Text files are one record each, cut at ``separator`` where one is given; source code, HTML and PDF are one record a file; JSON Lines,
-JSON arrays, CSV and Parquet are one record a row. Nothing larger than a record, a row group or a megabyte is in memory at a time.
+Text files are one record each, cut at ``separator`` where one is given; source code, HTML and PDF are one record a
+file; JSON Lines, JSON arrays, CSV and Parquet are one record a row. Nothing larger than a record, a row group or a
+megabyte is in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ TextType = Literal["prose", "code", "chat"]
 OnError = Callable[[DanluError], None]
 
 TEXT_LIMIT = 64 << 20
-"""Characters of a text file kept together. Longer files become several documents, cut at blank lines where there are any."""
+"""Characters of a text file kept together. Longer files become several documents, cut at blank lines where there are
+any.
+"""
 
 
 @dataclass
@@ -44,7 +47,9 @@ class ReaderOptions:
 
 
 def read_records(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
-    """The records of a file, in order. Errors about a row or the file go to ``on_error``, which raises them or lets them pass."""
+    """The records of a file, in order. Errors about a row or the file go to ``on_error``, which raises them or lets
+    them pass.
+    """
     try:
         for record in _READERS[file.format](file, options, on_error):
             if record.type != "chat" and options.text_type != "auto":
@@ -123,7 +128,7 @@ def _read_pdf(file: SourceFile, options: ReaderOptions, on_error: OnError) -> It
             for index in range(len(document)):
                 page = document[index]
                 text_page = page.get_textpage()
-                # PDFium marks a hyphen at a line end as U+0002 (U+FFFE in older versions): the word goes on in the next line
+                # PDFium marks a hyphen at a line end as U+0002 (once U+FFFE): the word goes on in the next line
                 text = text_page.get_text_bounded().replace("\r\n", "\n")
                 pages.append(
                     text.replace("\x02\n", "").replace("\ufffe\n", "").replace("\x02", "").replace("\ufffe", "")
@@ -165,7 +170,9 @@ def _read_json(file: SourceFile, options: ReaderOptions, on_error: OnError) -> I
 
 
 def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any, int]]:
-    """The items of a top-level array (or the one top-level value) with their line numbers, from text that comes in pieces."""
+    """The items of a top-level array (or the one top-level value) with their line numbers, from text that comes in
+    pieces.
+    """
     decoder = json.JSONDecoder()
     buffer, at, line, ended = next(pieces, ""), 0, 1, False
 
@@ -181,7 +188,7 @@ def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any,
         grown, buffer = size > len(buffer), "".join(parts)
         if size > WHOLE_FILE_LIMIT:
             raise DanluError(
-                f"{file.path}:{line}: one value is larger than {WHOLE_FILE_LIMIT:,} characters; write JSON Lines instead"
+                f"{file.path}:{line}: one value is larger than {WHOLE_FILE_LIMIT:,} characters; write JSON Lines"
             )
         ended = not grown
         return grown
@@ -274,7 +281,7 @@ def _read_parquet(file: SourceFile, options: ReaderOptions, on_error: OnError) -
 
     if file.compression is not None:
         raise DanluError(
-            f"{file.path}: Parquet inside {file.compression} cannot be read in a stream; unpack it (it is compressed itself)"
+            f"{file.path}: Parquet inside {file.compression} cannot be streamed; unpack it, it is compressed itself"
         )
     number = 0
     try:

@@ -1,8 +1,9 @@
 """How much of a text repeats itself, and the limits above which it is thrown away.
 
-Measures and limits are those of Gopher (Rae et al. 2021, "Scaling Language Models", table A1). They are meant for prose: good source
-code repeats short lines and n-grams all the time. Words are runs of letters and digits, and single characters in scripts
-without spaces (Chinese, Japanese, Thai), where the limits on *word* pairs would otherwise mean nothing.
+Measures and limits are those of Gopher (Rae et al. 2021, "Scaling Language Models", table A1). They are meant for
+prose: good source code repeats short lines and n-grams all the time. Words are runs of letters and digits, and single
+characters in scripts without spaces (Chinese, Japanese, Thai), where the limits on *word* pairs would otherwise mean
+nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The train/held-out split: by document, never by chunk; related documents stay together; the same for the same seed."""
+"""The train/held-out split: by document, never by chunk; related documents stay together; the same for the same
+seed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ def choose_heldout(
 ) -> set[int]:
     """Which of the kept documents are held out.
 
-    Groups of related documents are taken in the order of a seeded hash until ``share`` of the documents is held out; a group
-    that would overshoot by more than a tenth stays in training.
+    Groups of related documents are taken in the order of a seeded hash until ``share`` of the documents is held out;
+    a group that would overshoot by more than a tenth stays in training.
 
     Args:
         kept: documents to split, in order.
@@ -45,14 +47,13 @@ def choose_heldout(
     for found in order:
         if len(heldout) < wanted and len(heldout) + len(found) <= max(1.1 * wanted, 1):
             heldout.update(found)
-    if not heldout and len(order) > 1:
-        heldout.update(min(order, key=len))  # every group is larger than the share: hold out one of the smallest
-    if len(heldout) == len(kept):
-        heldout.clear()
-    if not heldout:
+    if not heldout and len(order) > 1:  # every group is larger than the share: one of the smallest
+        smallest = min(len(found) for found in order)
+        heldout.update(next(found for found in order if len(found) == smallest))
+    if not heldout or len(heldout) == len(kept):
+        count = f"{len(kept)} document{'s'[: len(kept) != 1]}, {len(members)} unrelated"
         raise DanluError(
-            f"the corpus is too small to hold anything out: {len(kept)} document{'s'[: len(kept) != 1]} in {len(members)} "
-            f"unrelated group{'s'[: len(members) != 1]}; add documents, cut a single file into documents with --separator, or "
-            "train on all of it with --heldout 0"
+            f"the corpus is too small to hold anything out ({count}); add documents, cut a single file into documents "
+            "with --separator, or use all of it for training with --heldout 0"
         )
     return heldout

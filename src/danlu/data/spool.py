@@ -1,5 +1,6 @@
-"""A scratch file of cleaned documents: written once, then read in any order, so that a corpus larger than memory can be deduplicated
-and shuffled after it was parsed and cleaned only once."""
+"""A scratch file of cleaned documents: written once, then read in any order, so that a corpus larger than memory can
+be deduplicated and shuffled after it was parsed and cleaned only once.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ class Spool:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
+            self._file = cast(BinaryIO, tempfile.TemporaryFile(dir=folder))  # noqa: SIM115 (closed by __exit__)
         except OSError as error:
             raise files.as_user_error(error, folder) from error
         self._codec = pa.Codec("zstd", compression_level=1)
