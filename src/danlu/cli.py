@@ -26,19 +26,28 @@ from danlu import config as configs
 from danlu.errors import DanluError
 from danlu.verbs import VERBS, Verb
 
+_OVERRIDES = "overrides"
+"""A positional field of this name takes the `key=value` words as they are (the vars of a recipe)."""
+
 GROUPS = {"data": "Make data sets.", "tokenizer": "Make tokenizers."}
 """Help of the first word of two-word verbs."""
 
 _EPILOG = "Each option can also be given as key=value (lr=0.01) or, for all at once, in a YAML file with --config."
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*=")
-_CONFIG, _WORDS, _OVERRIDES = "CONFIG_FILE", "WORDS", "overrides"
+_CONFIG, _WORDS = "CONFIG_FILE", "WORDS"  # in capitals, which no config field is
 _UNION = (typing.Union, types.UnionType)
 
 
 def main() -> None:
     """Run the command line; what goes wrong decides the exit code: 2 the user's mistake, 130 Ctrl-C, 1 ours."""
     try:
-        build_app(sys.argv[1:])(prog_name="danlu")
+        try:
+            build_app(sys.argv[1:])(prog_name="danlu")
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except DanluError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -61,7 +70,7 @@ def build_app(words: Sequence[str] | None = None) -> typer.Typer:
         "no_args_is_help": True,
         "rich_markup_mode": None,  # rich takes longer to import than the whole of `danlu --help`
         "pretty_exceptions_enable": False,
-        "context_settings": {"help_option_names": ["-h", "--help"]},
+        "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 120},
     }
     app = typer.Typer(**settings)
     app.callback()(_main_options)
@@ -113,8 +122,10 @@ def _command(verb: Verb) -> Callable[..., None]:
         file = given.pop(_CONFIG)
         values = {name: value for name, value in given.items() if value is not None and value != []}
         try:
-            plain, overrides = _split_words(words, positional)
-            values |= _assign(plain, positional, hints, verb)
+            overrides = [word for word in words if _OVERRIDE.match(word)]
+            values |= _assign([word for word in words if word not in overrides], positional, hints, verb)
+            if _OVERRIDES in hints:  # a verb that hands them on
+                values, overrides = {**values, _OVERRIDES: overrides}, []
             config = configs.load(config_type, file=file, overrides=overrides, values=values)
             result = verb.function()(config)
         except KeyboardInterrupt:
@@ -128,15 +139,6 @@ def _command(verb: Verb) -> Callable[..., None]:
     return command
 
 
-def _split_words(words: Sequence[str], positional: Sequence[dataclasses.Field[Any]]) -> tuple[list[str], list[str]]:
-    """Arguments and `key=value` overrides; a verb with an argument called `overrides` keeps the latter to itself."""
-    overrides = [word for word in words if _OVERRIDE.match(word)]
-    plain = [word for word in words if not _OVERRIDE.match(word)]
-    if any(field.name == _OVERRIDES for field in positional):
-        return plain + overrides, []
-    return plain, overrides
-
-
 def _assign(
     words: Sequence[str], positional: Sequence[dataclasses.Field[Any]], hints: dict[str, Any], verb: Verb
 ) -> dict[str, Any]:
@@ -144,9 +146,11 @@ def _assign(
     values: dict[str, Any] = {}
     rest = list(words)
     for field in positional:
-        if rest and _is_list(hints[field.name]):
+        if not rest or field.name == _OVERRIDES:
+            break
+        if _is_list(hints[field.name]):
             values[field.name], rest = rest, []
-        elif rest:
+        else:
             values[field.name] = rest.pop(0)
     if rest:
         raise DanluError(f"danlu {verb.name}: does not know what to do with {rest[0]!r}; see danlu {verb.name} --help")
