@@ -24,7 +24,9 @@ class QuickstartConfig:
 
     out: Path = option(Path("danlu-quickstart"), "Folder for everything that is made.")
     corpus: tuple[str, ...] = option(
-        ("stdlib",), "What to learn from: files, folders, globs, or `stdlib`, the Python standard library's source."
+        ("stdlib",),
+        "What to learn from: files, folders, globs, or `stdlib`, the Python standard library's source.",
+        positional=True,
     )
     vocab_size: int = option(4096, "Size of the vocabulary.", unit="tokens", ge=300)
     size: int = option(4, "The dial: number of layers; the width is 64 times it.", unit="layers", ge=1, le=128)

@@ -18,9 +18,10 @@ from danlu import config as configs
 from danlu.formats.card import Card
 from danlu.report import numbers
 from danlu.report.config import ReportConfig
-from danlu.report.figures import Curve, draw_curves, read_metrics
+from danlu.report.figures import Curve, draw_curves
 from danlu.report.graph import Node, draw_graph
 from danlu.report.lineage import Artifact, Evaluation, find_evaluations, read_lineage
+from danlu.training.metrics import read_metrics
 
 MAX_TEXT = 2_000
 """Letters of a sample that are shown; samples are there to be glanced at."""
@@ -246,8 +247,7 @@ class Training:
     def of(cls, artifact: Artifact) -> Training:
         """Curves are drawn if the folder is still there."""
         assert artifact.card is not None
-        log = artifact.folder / "metrics.jsonl" if artifact.folder else None
-        rows = read_metrics(log) if log and log.is_file() else []
+        rows = read_metrics(artifact.folder / "metrics.jsonl") if artifact.folder else []
         return cls(artifact.name, artifact.card, draw_curves(rows))
 
 

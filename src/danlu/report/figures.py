@@ -7,14 +7,12 @@ font. Each curve is small enough to stand on a phone unscaled.
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -47,20 +45,6 @@ PANELS: tuple[tuple[str, str, str, Callable[[Sequence[float]], float]], ...] = (
     ("tokens_per_second", "Throughput", "median {:,.0f} tokens/s", statistics.median),
 )
 """(key in metrics.jsonl, title, note, what the note tells) of what is drawn, where the log has it."""
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl that can be read; a line cut off by a kill is left out."""
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
