@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -55,7 +56,7 @@ class MinedFunction:
 
     Attributes:
         signature: decorators and the ``def`` up to its colon.
-        docstring: cleaned as :func:`inspect.cleandoc` does.
+        docstring: cleaned as :func:`inspect.cleandoc` does, and stripped.
         body: what follows the docstring, indented; empty when nothing does.
         source: the whole of it as it stands in the file.
         lineno: line of the ``def``, counted from 1.
@@ -74,6 +75,11 @@ class MinedFunction:
         """The function without its docstring: what a model is asked to write."""
         return f"{self.signature}\n{self.body}"
 
+    @functools.cached_property
+    def syntax(self) -> ast.Module | None:
+        """The answer's syntax tree; None where there is no body, or nothing but comments."""
+        return parse(self.answer)
+
 
 def functions_with_docstrings(source: str) -> list[MinedFunction]:
     """The documented functions and methods of a module, in order; none where the source does not parse.
@@ -81,9 +87,21 @@ def functions_with_docstrings(source: str) -> list[MinedFunction]:
     Functions inside functions are left out, for they lean on their surroundings, and so are those whose text cannot be
     taken out of the file (a docstring on the line of the ``def``, a string that dedenting would change).
     """
-    tree = _parse(source)
-    if tree is None:
-        return []
+    tree = parse(source)
+    return [] if tree is None else _documented(tree, source)
+
+
+def parse(source: str) -> ast.Module | None:
+    """The syntax tree of Python source, or None where it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's code is not ours to mend
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _documented(tree: ast.Module, source: str) -> list[MinedFunction]:
     lines = re.split("\r\n|\r|\n", source)  # as Python counts them; str.splitlines cuts at more
     found = (_taken_out(node, prefix, lines) for node, prefix in _functions(tree, ""))
     return [function for function in found if function is not None]
@@ -105,7 +123,7 @@ def prompt_for(function: MinedFunction) -> list[dict[str, str]]:
 QUOTES = '"' * 3
 PROMPTS = (
     "Complete this Python {kind}:\n\n{stub}",
-    "Write the body of this {kind}.\n\n{stub}",
+    "Fill in this {kind}.\n\n{stub}",
     "Implement `{name}` in Python.\n\n{docstring}\n\nIt is a {kind} and starts with:\n{signature}",
     "Write a Python {kind} with this signature:\n\n{signature}\n\nWhat it does: {docstring}",
     "{docstring}\n\nWrite this as a Python {kind}:\n\n{signature}",
@@ -150,10 +168,9 @@ def make_filters() -> list[Filter]:
     seen: set[bytes] = set()
 
     def is_duplicate(function: MinedFunction, config: MineConfig) -> bool:
-        node = _parse(function.answer)
-        assert node is not None  # bodies that do not parse are gone as stubs
-        node.body[0].name = ""  # type: ignore[attr-defined]
-        digest = hashlib.sha256(ast.dump(node).encode()).digest()
+        assert function.syntax is not None  # those without are gone as stubs
+        code = ast.dump(function.syntax).replace(f"name={function.name!r}", "", 1)
+        digest = hashlib.sha256(code.encode()).digest()
         is_known = digest in seen
         seen.add(digest)
         return is_known
@@ -176,7 +193,7 @@ def make_filters() -> list[Filter]:
         Filter(
             "non_ascii",
             "Pairs that are mostly not ASCII.",
-            lambda f, c: sum(char > "\x7f" for char in f.source) > len(f.source) / 2,
+            lambda f, c: len(f.source.encode("ascii", "ignore")) < len(f.source) / 2,
         ),
         Filter("duplicate", "The same code as an earlier pair, but for its name and layout.", is_duplicate),
     ]
@@ -243,10 +260,11 @@ def _pairs(
 
     for module_id, path, source_name, text in _modules(data, split):
         metrics["modules_read"] += 1
-        if _parse(text) is None:
+        tree = parse(text)
+        if tree is None:
             metrics["modules_that_do_not_parse"] += 1
             continue
-        for function in functions_with_docstrings(text):
+        for function in _documented(tree, text):
             metrics["documents_read"] += 1
             metrics["bytes_read"] += len(function.source.encode())
             if all(f.check(function, path, config) for f in filters):
@@ -269,15 +287,6 @@ def _modules(data: DataFolder, split: Split) -> Iterator[tuple[str, str, str, st
         yield chunks[0].id, chunks[0].path, chunks[0].source, "".join(d.text for d in chunks)
 
 
-def _parse(source: str) -> ast.Module | None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in other people's strings
-            return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
     """Functions of a module and of its classes, each with the dotted path in front of its name."""
     for child in ast.iter_child_nodes(node):
@@ -291,7 +300,7 @@ def _functions(node: ast.AST, prefix: str) -> Iterator[tuple[ast.FunctionDef | a
 
 def _taken_out(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, lines: list[str]) -> MinedFunction | None:
     """The function as a text of its own; None where it has no docstring or cannot be taken out."""
-    docstring = ast.get_docstring(node)
+    docstring = (ast.get_docstring(node) or "").strip()
     if not docstring:
         return None
     start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
@@ -314,13 +323,16 @@ def _taken_out(node: ast.FunctionDef | ast.AsyncFunctionDef, prefix: str, lines:
         source=dedented(lines[start:end]),
         lineno=node.lineno,
     )
-    if len(node.body) > 1:
-        expected = copy.copy(node)
-        expected.body = node.body[1:]
-        parsed = _parse(function.answer)
-        if parsed is None or len(parsed.body) != 1 or ast.dump(parsed.body[0]) != ast.dump(expected):
-            return None
-    return function
+    return function if _means_the_same(function, node) else None
+
+
+def _means_the_same(function: MinedFunction, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether dedenting left the code as it was; it cuts into strings that go over several lines."""
+    if len(node.body) == 1 or not any(mark in function.answer for mark in (QUOTES, "'''", "\\\n")):
+        return True
+    expected = copy.copy(node)
+    expected.body = node.body[1:]
+    return function.syntax is not None and ast.dump(function.syntax) == ast.dump(ast.Module([expected], []))
 
 
 def _is_deprecated(function: MinedFunction) -> bool:
@@ -329,11 +341,11 @@ def _is_deprecated(function: MinedFunction) -> bool:
 
 def _is_stub(function: MinedFunction) -> bool:
     """Whether no statement of the body does anything."""
-    parsed = _parse(function.answer)
-    if parsed is None:  # nothing, or nothing but comments
+    if function.syntax is None:
         return True
-    statements = parsed.body[0].body  # type: ignore[attr-defined]
-    return all(_does_nothing(statement) for statement in statements)
+    (definition,) = function.syntax.body
+    assert isinstance(definition, (ast.FunctionDef, ast.AsyncFunctionDef))
+    return all(_does_nothing(statement) for statement in definition.body)
 
 
 def _does_nothing(statement: ast.stmt) -> bool:

@@ -126,22 +126,22 @@ class Disguise:
     are encoded as plain text. A conversation without quotations is rendered untouched.
 
     Args:
-        specials: texts of the special tokens.
+        specials: pattern that matches the special tokens.
         source: the template's own text, in which the mark must not occur either.
     """
 
-    def __init__(self, specials: Sequence[str], source: str) -> None:
-        self.specials = sorted(specials, key=len, reverse=True)  # of two that overlap, the longer is meant
-        self.source = source
-        self._any = re.compile("|".join(map(re.escape, self.specials)) or "(?!)")
+    def __init__(self, specials: re.Pattern[str], source: str) -> None:
+        self._specials = specials
+        self._source = source
         self._mark = ""
+        self._quotations: list[str] = []
 
     def put_on(self, value: Any) -> Any:
         """A copy of messages or tools (any nest of lists, mappings and strings) with every special token disguised."""
         texts = list(_strings(value))
-        if not any(map(self._any.search, texts)):
+        if not any(map(self._specials.search, texts)):
             return value
-        used = set(self.source).union(*texts)
+        used = set(self._source).union(*texts)
         self._mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in used)
         return self._replace(value)
 
@@ -150,11 +150,15 @@ class Disguise:
         if not self._mark:
             return [(rendered, False)]
         pieces = re.split(f"{self._mark}([0-9]+){self._mark}", rendered)  # template, number, template, ..., template
-        return [(self.specials[int(p)], True) if i % 2 else (p, False) for i, p in enumerate(pieces) if p]
+        return [(self._quotations[int(p)], True) if i % 2 else (p, False) for i, p in enumerate(pieces) if p]
+
+    def _quote(self, found: re.Match[str]) -> str:
+        self._quotations.append(found[0])
+        return f"{self._mark}{len(self._quotations) - 1}{self._mark}"
 
     def _replace(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._any.sub(lambda found: f"{self._mark}{self.specials.index(found[0])}{self._mark}", value)
+            return self._specials.sub(self._quote, value)
         if isinstance(value, Mapping):
             return {self._replace(key): self._replace(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):

@@ -67,6 +67,8 @@ class Tokenizer:
         self._plain = _build({**self._definition, "added_tokens": [t for t in added if not _is_marker(t)]}, where)
 
         self._markers: dict[str, int] = {token["content"]: token["id"] for token in added if _is_marker(token)}
+        longest_first = sorted(self._markers, key=len, reverse=True)
+        self._marker_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._marker_ids = frozenset(self._markers.values())
         self._special_ids = frozenset(token["id"] for token in added if token.get("special"))
         self.vocab_size: int = max(self._full.get_vocab(with_added_tokens=True).values()) + 1
@@ -225,7 +227,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of :meth:`render_chat`. The template's markers are special tokens, what messages or tools say is not."""
         template = self._require_template()
-        disguise = Disguise(list(self._markers), template.source)
+        disguise = Disguise(self._marker_pattern, template.source)
         conversation = disguise.put_on({"messages": [_plain_message(m) for m in messages], "tools": tools})
         text = template.render(
             conversation["messages"], tools=conversation["tools"], add_generation_prompt=add_generation_prompt
@@ -263,7 +265,7 @@ class Tokenizer:
             if message.get("role") != "assistant":
                 continue
             prompt = self.encode_chat(messages[:turn], add_generation_prompt=True, tools=tools)
-            answered = self.encode_chat(messages[: turn + 1], tools=tools)
+            answered = self.encode_chat(messages[: turn + 1], tools=tools) if turn + 1 < len(messages) else ids
             if ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
                 raise DanluError(
                     f"message {turn + 1}: its prompt's tokens are not a prefix of the tokens of prompt and answer; "
