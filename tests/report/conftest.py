@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from danlu.formats.card import Card, input_of
+from danlu.formats.card import Card, Input, input_of
 
 FUNCTIONS = [
     {
@@ -37,11 +37,11 @@ COMPLETIONS = {
 
 
 def write_card(
-    folder: Path, kind: Any, verb: str, config: dict[str, Any], inputs: dict[str, Path], **known: Any
+    folder: Path, kind: Any, verb: str, config: dict[str, Any], inputs: dict[str, Path | Input], **known: Any
 ) -> Path:
     """A finished folder that holds nothing but its card."""
     folder.mkdir(parents=True)
-    found = [input_of(role, path) for role, path in inputs.items()]
+    found = [given if isinstance(given, Input) else input_of(role, given) for role, given in inputs.items()]
     fingerprint = hashlib.sha256(f"{folder.name} {verb} {[i.fingerprint for i in found]}".encode()).hexdigest()
     versions = {"python": "3.11.2", "danlu": "0.1.0", "torch": "2.13.0"}
     Card(kind, verb, fingerprint, config, found, versions=versions, created="2026-01-02T03:04:05+0000", **known).save(
@@ -111,7 +111,7 @@ def make_life(at: Path) -> Path:
         "data",
         "data build",
         {"corpus": ["stdlib"], "out": "data", "heldout": 0.05},
-        {},
+        {"corpus stdlib": Input("corpus stdlib", "stdlib", "5" * 64)},
         seconds=14.2,
         metrics={
             "documents_read": 1612,
@@ -123,7 +123,15 @@ def make_life(at: Path) -> Path:
             "heldout_documents": 77,
             "heldout_bytes": 520_000,
         },
-        details={"filters": filters},
+        details={
+            "filters": filters,
+            "dedup": {
+                "threshold": 0.8,
+                "exact_removed": 3,
+                "near_removed": 28,
+                "samples": [{"documents": ["lib/cp437.py", "lib/cp850.py"], "similarity": 0.91}],
+            },
+        },
     )
     tok = write_card(
         at / "tok",

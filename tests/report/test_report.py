@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_cards(life: Path) -> None:
         "1.183", "0 % untrained", "xz with the training text: 1.264",  # key figures
         "1.931", "1.591", "3.912", "1.201",  # bars
         "1,612 documents (11.8 MB)", "1,540 (11.4 MB)", "96.8 %",  # data
-        "Masks e-mail addresses", "# by jo@example.org", "language",
+        "Masks e-mail addresses", "3 exact, 28 near-duplicates", "lib/cp437.py", "# by jo@example.org", "language",
         "3.413", "bytes per token, held out", "NotImplementedError",  # tokenizer
         "9,783", "42.7 %", "560 GFLOP/s", "bf16", "1.31 TFLOP/s",  # training
         "✓ parses and compiles", "✗ does not parse", "a.insert(bisect(a, x), x)",  # samples

@@ -98,7 +98,7 @@ def test_thinning_keeps_the_end_and_the_range(points: list[tuple[float, float]],
         (numbers.flops(5.16e11), "516 GFLOP/s"), (numbers.flops(2.4e12), "2.4 TFLOP/s"),
         (numbers.words("bytes_per_token_heldout"), "bytes per token, held out"),
         (numbers.words("heldout_documents"), "held-out documents"),
-        (numbers.visible("\n  x"), "⏎··x"),
+        (numbers.visible("\n  x"), "⏎··x"), (numbers.visible(" " * 32 + "x"), "␣×32x"),
         (short(9800), "9.8k"), (short(0.02), "0.02"), (short(0.0003), "3e-4"), (short(0), "0"),
     ],
 )  # fmt: skip

@@ -266,17 +266,12 @@ class Stage:
 
 
 def lineage_graph(lineage: list[Artifact]) -> Any:
-    """The drawing of what was made from what; corpora that a data card names stand above it."""
+    """The drawing of what was made from what."""
     nodes, edges = [], []
     for artifact in lineage:
         if artifact.card is None:
             nodes.append(Node(artifact.fingerprint, artifact.name, "given", "given"))
             continue
-        if artifact.card.kind == "data" and not artifact.inputs:
-            for corpus in artifact.card.config.get("corpus", []):
-                nodes.append(Node(f"corpus {corpus}", str(corpus), "corpus", "given"))
-                edges.append((f"corpus {corpus}", artifact.fingerprint))
         nodes.append(Node(artifact.fingerprint, artifact.name, artifact.card.verb, artifact.card.kind))
         edges += [(fingerprint, artifact.fingerprint) for _, fingerprint in artifact.inputs]
-    unique = list({node.id: node for node in nodes}.values())
-    return draw_graph(unique, edges)
+    return draw_graph(nodes, edges)

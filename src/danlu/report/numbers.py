@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 from typing import Any
 
@@ -87,7 +88,8 @@ def words(key: str) -> str:
 
 
 def visible(token: str) -> str:
-    """A token with its white space made visible."""
+    """A token with its white space made visible; long runs of spaces are counted."""
+    token = re.sub(r" {5,}", lambda run: f"␣×{len(run[0])}", token)
     return token.translate({ord(" "): "·", ord("\n"): "⏎", ord("\t"): "⇥", ord("\r"): "␍"})
 
 
