@@ -1,8 +1,8 @@
 """Documents into rows of equal length: nothing is discarded, and no token sees another document.
 
-A long document is cut into pieces of one row each; what is left over is packed best-fit, longest first. Inside a row positions start
-at 0 with every piece and `segments` numbers the pieces, so that attention can be kept within each (Krell et al. 2021,
-arXiv:2107.02027). Everything follows from (seed, epoch): a stream is resumed by two whole numbers.
+A long document is cut into pieces of one row each; what is left over is packed best-fit, longest first. Inside a row
+positions start at 0 with every piece and `segments` numbers the pieces, so that attention can be kept within each
+(Krell et al. 2021, arXiv:2107.02027). Everything follows from (seed, epoch): a stream is resumed by two whole numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Sequences(Protocol):
 
 
 class DocumentSequences:
-    """Pre-training sequences: each document, begun by its BOS, predicts its next token and, at its end, ``<|endoftext|>``.
+    """Pre-training sequences: each document, begun by its BOS, predicts its next token and, at its end,
+    ``<|endoftext|>``.
 
     Args:
         ids: all documents one after the other, each starting with BOS.
@@ -61,7 +62,8 @@ class MaskedSequences:
 
 @dataclass
 class Batch:
-    """Rows ready for the model, each field (rows, seq_len) int64. Padding has target IGNORE and a segment of its own."""
+    """Rows ready for the model, each field (rows, seq_len) int64. Padding has target IGNORE and a segment of its
+    own."""
 
     ids: Tensor
     targets: Tensor
@@ -78,12 +80,16 @@ class Batch:
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``rows`` rows."""
-        for parts in zip(*(t.split(rows) for t in (self.ids, self.targets, self.positions, self.segments)), strict=True):
+        for parts in zip(
+            *(torch.split(t, rows) for t in (self.ids, self.targets, self.positions, self.segments)), strict=True
+        ):
             yield Batch(*parts)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.ids, self.targets, self.positions, self.segments)))
+        return Batch(
+            *(t.to(device, non_blocking=True) for t in (self.ids, self.targets, self.positions, self.segments))
+        )
 
 
 Piece = tuple[int, int, int]
@@ -94,7 +100,8 @@ def pack_pieces(pieces: list[Piece], row_len: int) -> list[list[Piece]]:
     """Best-fit decreasing: each piece, longest first, goes to the fullest row that still has room for it."""
     rows: list[list[Piece]] = []
     rows_by_room: dict[int, list[int]] = defaultdict(list)
-    rooms = 0  # bit r is set while some row has room for exactly r tokens: the best fit is one shift and one lowest bit away
+    # Bit r is set while some row has room for exactly r tokens: the best fit is one shift and one lowest bit away.
+    rooms = 0
     for piece in sorted(pieces, key=lambda piece: -piece[2]):
         length = piece[2]
         fitting = rooms >> length
@@ -116,7 +123,8 @@ def pack_pieces(pieces: list[Piece], row_len: int) -> list[list[Piece]]:
 def pack_epoch(lengths: NDArray[np.int64], row_len: int, *, seed: int, epoch: int) -> list[list[Piece]]:
     """The rows of one epoch in training order.
 
-    From the second epoch on, documents longer than a row are cut at other places, so that their tokens are seen in new contexts.
+    From the second epoch on, documents longer than a row are cut at other places, so that their tokens are seen in new
+    contexts.
     """
     rng = np.random.default_rng((seed, epoch))
     first_cuts = rng.integers(1, row_len + 1, size=len(lengths)) if epoch else np.full(len(lengths), row_len)

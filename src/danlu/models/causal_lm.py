@@ -1,4 +1,5 @@
-"""A decoder-only language model: embed, n pre-norm blocks, norm, head. Read it beside the Qwen3 report (arXiv:2505.09388)."""
+"""A decoder-only language model: embed, n pre-norm blocks, norm, head. Read it beside the Qwen3 report
+(arXiv:2505.09388)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config.dim, config.n_heads, config.n_kv_heads, config.head_dim, layer, config.norm_eps)
+        self.attention = Attention(
+            config.dim, config.n_heads, config.n_kv_heads, config.head_dim, layer, config.norm_eps
+        )
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.ffn_dim)
 
@@ -35,8 +38,8 @@ class Block(nn.Module):
 class CausalLM(nn.Module):
     """Next-token model.
 
-    ``compute_dtype`` is the dtype of activations and matrix products; weights stay in their own dtype (fp32 master weights while
-    training) and are cast where they are used.
+    ``compute_dtype`` is the dtype of activations and matrix products; weights stay in their own dtype (fp32 master
+    weights while training) and are cast where they are used.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,7 +62,8 @@ class CausalLM(nn.Module):
         return self.embed.weight.device
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Uniform 1/sqrt(fan_in) input projections; output projections zero, so that every block starts as the identity.
+        """Uniform 1/sqrt(fan_in) input projections; output projections zero, so that every block starts as the
+        identity.
 
         A tied embedding is drawn small: it is also the head, and small logits start the loss at ln(vocab).
         """
@@ -91,7 +95,8 @@ class CausalLM(nn.Module):
 
         Args:
             positions_bt: position of each token in its document; default 0, 1, 2, ...
-            segments_bt: document number of each token; tokens attend only within their document. Default: one document a row.
+            segments_bt: document number of each token; tokens attend only within their document. Default: one document
+                a row.
             cache: keys and values of earlier tokens; excludes the two above.
         """
         t = ids_bt.shape[1]
@@ -121,7 +126,8 @@ class CausalLM(nn.Module):
         segments_bt: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits of the next token after each position, (batch, seq, vocab), fp32. Arguments as in :meth:`hidden_states`."""
+        """Logits of the next token after each position, (batch, seq, vocab), fp32. Arguments as in
+        :meth:`hidden_states`."""
         return self.head(self.hidden_states(ids_bt, positions_bt, segments_bt, cache)).float()  # type: ignore[no-any-return]
 
     def num_parameters(self) -> int:
@@ -129,8 +135,9 @@ class CausalLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def estimate_flops(self, seq_len: int) -> int:
-        """FLOPs of training on one token: 6 per matmul weight (2 forward, 4 backward) plus 12 x heads x head_dim x seq a layer for
-        attention over the full square (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). The embedding look-up is free."""
+        """FLOPs of training on one token: 6 per matmul weight (2 forward, 4 backward) plus 12 x heads x head_dim x seq
+        a layer for attention over the full square (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). The embedding
+        look-up is free."""
         matrices = sum(p.numel() for layer in self.layers for p in layer.parameters() if p.ndim == 2)
         head = self.config.vocab_size * self.config.dim
         attention = 12 * self.config.n_layers * self.config.n_heads * self.config.head_dim * seq_len
@@ -138,7 +145,8 @@ class CausalLM(nn.Module):
 
 
 def document_mask(segments_bt: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask, (batch, 1, seq, seq): 0 where a token may look (itself and earlier tokens of its own document), else -inf."""
+    """Additive attention mask, (batch, 1, seq, seq): 0 where a token may look (itself and earlier tokens of its own
+    document), else -inf."""
     t = segments_bt.shape[1]
     same = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
     allowed = same & torch.ones(t, t, dtype=torch.bool, device=segments_bt.device).tril()

@@ -31,11 +31,13 @@ class ModelConfig:
         return found
 
 
-def model_config_for(depth: int, vocab_size: int, context: int = 1024, **overrides: int | float | bool | None) -> ModelConfig:
+def model_config_for(
+    depth: int, vocab_size: int, context: int = 1024, **overrides: int | float | bool | None
+) -> ModelConfig:
     """The model of a given depth: width 64 x depth, heads of 64, half as many key/value heads, SwiGLU of 8/3 the width.
 
-    A fixed aspect ratio keeps one dial (as in nanochat's ladder). Overrides that are None are ignored; a width that is overridden
-    carries heads and feed-forward width with it.
+    A fixed aspect ratio keeps one dial (as in nanochat's ladder). Overrides that are None are ignored; a width that is
+    overridden carries heads and feed-forward width with it.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
     dim = int(given.get("dim", 64 * depth))

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 
 
-def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> CausalLM:
     """Open a model folder.
 
     Args:
@@ -37,7 +39,9 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
     if not path.is_dir():
         raise DanluError(f"{path}: no such model folder")
     if not (path / "config.json").exists():
-        hint = "; it is being trained: run the same command again to finish it" if (path / "checkpoints").exists() else ""
+        hint = (
+            "; it is being trained: run the same command again to finish it" if (path / "checkpoints").exists() else ""
+        )
         raise DanluError(f"{path}: is not a model folder (no config.json){hint}")
     if not (path / WEIGHTS).exists():
         raise DanluError(f"{path}: has no {WEIGHTS}")
@@ -47,7 +51,9 @@ def load_model(folder: str | Path, *, device: str | torch.device = "cpu", dtype:
     config = qwen3.config_from_hf(content, str(path / "config.json"))
     with torch.device("meta"):  # no memory is spent before the weights are known to fit the config
         model = CausalLM(config)
-    model.load_state_dict(_read_weights(path / WEIGHTS, qwen3.tensor_names(config), model, dtype), strict=False, assign=True)
+    model.load_state_dict(
+        _read_weights(path / WEIGHTS, qwen3.tensor_names(config), model, dtype), strict=False, assign=True
+    )
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     model.rope = type(model.rope)(config.head_dim, config.context, config.rope_base)
@@ -64,11 +70,15 @@ def _read_weights(path: Path, names: dict[str, str], model: CausalLM, dtype: tor
                 raise DanluError(f"{path}: lacks {missing[0]} ({len(missing)} of {len(names)} tensors are missing)")
             surplus = sorted(stored - set(names.values()) - {"lm_head.weight"})
             if surplus:
-                raise DanluError(f"{path}: holds {surplus[0]}, which config.json has no place for ({len(surplus)} such tensors)")
+                raise DanluError(
+                    f"{path}: holds {surplus[0]}, which config.json has no place for ({len(surplus)} such tensors)"
+                )
             for ours, theirs in names.items():
                 tensor = file.get_tensor(theirs)
                 if tuple(tensor.shape) != expected[ours]:
-                    raise DanluError(f"{path}: {theirs} has shape {tuple(tensor.shape)}; config.json says {expected[ours]}")
+                    raise DanluError(
+                        f"{path}: {theirs} has shape {tuple(tensor.shape)}; config.json says {expected[ours]}"
+                    )
                 if not tensor.is_floating_point():
                     raise DanluError(f"{path}: {theirs} is {tensor.dtype}; quantized weights are not supported yet")
                 weights[ours] = tensor.to(dtype)
@@ -78,7 +88,8 @@ def _read_weights(path: Path, names: dict[str, str], model: CausalLM, dtype: tor
 
 
 def save_model(model: CausalLM, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `generation_config.json`, `model.safetensors` (fp32) and the tokenizer's files, each atomically.
+    """Write `config.json`, `generation_config.json`, `model.safetensors` (fp32) and the tokenizer's files, each
+    atomically.
 
     The weights come last: a folder with weights is whole.
     """

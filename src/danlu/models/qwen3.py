@@ -1,4 +1,5 @@
-"""The Qwen3 checkpoint layout: how its config and tensor names map to ours. It opens in transformers, vLLM and llama.cpp."""
+"""The Qwen3 checkpoint layout: how its config and tensor names map to ours. It opens in transformers, vLLM and
+llama.cpp."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ TENSOR_NAMES = {
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Our tensor name -> checkpoint name for every tensor that is stored; a tied head is stored once, as the embedding."""
+    """Our tensor name -> checkpoint name for every tensor that is stored; a tied head is stored once, as the
+    embedding."""
     names = {}
     for ours, theirs in TENSOR_NAMES.items():
         if ours == "head.weight" and config.tie_embeddings:

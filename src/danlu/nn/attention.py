@@ -1,4 +1,5 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE and normalised queries and keys (arXiv:2302.05442)."""
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE and normalised queries and keys
+(arXiv:2302.05442)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from danlu.nn.rope import apply_rope
 class Attention(nn.Module):
     """Causal self-attention: ``n_heads`` query heads share ``n_kv_heads`` key and value heads.
 
-    QK-norm keeps the attention logits bounded whatever the learning rate does, which is what lets Muon run at large steps.
+    QK-norm keeps the attention logits bounded whatever the learning rate does, which is what lets Muon run at large
+    steps.
     """
 
     def __init__(
@@ -37,8 +39,8 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """``mask`` is boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys). None means plain
-        causal attention or, with a cache, that every cached key may be seen."""
+        """``mask`` is boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys).
+        None means plain causal attention or, with a cache, that every cached key may be seen."""
         b, t, _ = x_btd.shape
         q = self.q_proj(x_btd).view(b, t, self.n_heads, self.head_dim)
         k = self.k_proj(x_btd).view(b, t, self.n_kv_heads, self.head_dim)

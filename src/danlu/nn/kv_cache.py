@@ -22,8 +22,8 @@ class CacheShape(Protocol):
 class KVCache:
     """A contiguous cache of fixed size for a batch that advances in step.
 
-    Rows of unequal length are padded on the left: ``left_pad_b[i]`` slots of row ``i`` hold padding; they are masked out of attention
-    and positions count from the first real token.
+    Rows of unequal length are padded on the left: ``left_pad_b[i]`` slots of row ``i`` hold padding; they are masked
+    out of attention and positions count from the first real token.
 
     Args:
         config: shape of the model.
@@ -65,13 +65,16 @@ class KVCache:
         return (slots - self.left_pad_b[:, None]).clamp(min=0)
 
     def mask(self, n_new: int) -> Tensor | None:
-        """True where one of the next ``n_new`` tokens may look, (batch, 1, n_new, length + n_new); None when it may look everywhere."""
+        """True where one of the next ``n_new`` tokens may look, (batch, 1, n_new, length + n_new); None when it may
+        look everywhere."""
         if n_new == 1 and not bool(self.left_pad_b.any()):
             return None
         slots = torch.arange(self.length + n_new, device=self.left_pad_b.device)
         causal = slots[None, None, :] <= slots[self.length :][None, :, None]
         real = slots[None, None, :] >= self.left_pad_b[:, None, None]
-        own = slots[None, None, :] == slots[self.length :][None, :, None]  # a padding slot sees itself: no row without any key
+        own = (
+            slots[None, None, :] == slots[self.length :][None, :, None]
+        )  # a padding slot sees itself: no row without any key
         return (causal & (real | own))[:, None]
 
     def select(self, rows: Tensor) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """``y = x W^T + b`` in the dtype of ``x``.
 
-    With fp32 weights and bf16 activations this is mixed precision with fp32 master weights, spelled out in one line: no autocast
-    region decides from outside. The gradient comes back in the dtype of the weights.
+    With fp32 weights and bf16 activations this is mixed precision with fp32 master weights, spelled out in one line: no
+    autocast region decides from outside. The gradient comes back in the dtype of the weights.
     """
 
     def forward(self, x: Tensor) -> Tensor:

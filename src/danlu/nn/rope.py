@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of the Llama and Qwen checkpoints."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of the Llama and Qwen
+checkpoints."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and that hold everything a run needs to go on bit for bit.
 
-A checkpoint is a folder `checkpoints/step-00000100` with `state.safetensors` (weights, optimizer state, torch RNG) and `state.json`
-(position in the data, counters, Python and NumPy RNG, and the hash of the tensors). It is written under another name, fsynced and
-renamed; a reader checks the hash and falls back to the one before.
+A checkpoint is a folder `checkpoints/step-00000100` with `state.safetensors` (weights, optimizer state, torch RNG) and
+`state.json` (position in the data, counters, Python and NumPy RNG, and the hash of the tensors). It is written under
+another name, fsynced and renamed; a reader checks the hash and falls back to the one before.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def load_latest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and state of the newest whole checkpoint; a damaged one is passed over with a warning. None when there is none."""
+    """Tensors and state of the newest whole checkpoint; a damaged one is passed over with a warning. None when there is
+    none."""
     for folder in reversed(list_checkpoints(out)):
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -97,9 +98,8 @@ def restore_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizers: li
         for name, value in tensors.items():
             if name.startswith(f"optimizer.{o}."):
                 _, _, i, key = name.split(".", 3)
-                p = params[int(i)]
-                # Adam keeps its step counter on the CPU unless fused; everything shaped like the weight lives beside it.
-                optimizer.state[p][key] = value.to(p.device) if value.shape == p.shape or _is_fused(optimizer) else value
+                weight = params[int(i)]
+                optimizer.state[weight][key] = value.to(weight.device)
     torch.set_rng_state(tensors["rng.torch"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -109,7 +109,10 @@ def random_states() -> dict[str, Any]:
     """Python's and NumPy's global generators as JSON."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {"python": [version, list(internal), gauss], "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached]}
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
@@ -122,10 +125,6 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(optimizer.defaults.get("fused"))
 
 
 def _fsync(path: Path) -> None:

@@ -14,41 +14,76 @@ class TrainingConfig:
     """Options every training run has. Exactly one of steps, minutes and epochs sets how long it is."""
 
     out: Path = option(REQUIRED, "Model folder to write.", affects_result=False)
-    steps: int | None = option(None, "Length of the run in optimizer steps; 0 writes the model as it starts.", unit="steps", ge=0)
+    steps: int | None = option(
+        None, "Length of the run in optimizer steps; 0 writes the model as it starts.", unit="steps", ge=0
+    )
     minutes: float | None = option(
-        None, "Length of the run in wall time, start-up and compilation included; turned into steps at the start.", unit="minutes", gt=0
+        None,
+        "Length of the run in wall time, start-up and compilation included; turned into steps at the start.",
+        unit="minutes",
+        gt=0,
     )
     epochs: float | None = option(None, "Length of the run in passes over the data.", unit="epochs", gt=0)
     seq_len: int = option(512, "Length of a packed row.", unit="tokens", ge=8, le=131072)
     batch_tokens: int = option(0, "Tokens per optimizer step; 0 derives it from the size.", unit="tokens", ge=0)
-    micro_batch_tokens: int = option(0, "Tokens per forward pass; 0 fits it to the machine. Changes memory, not the result.",
-                                     unit="tokens", ge=0)  # fmt: skip
-    optimizer: Literal["muon", "adamw"] = option("muon", "Optimizer of the matrices; embeddings and norms always use AdamW.")
-    matrix_lr: float | None = option(None, "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW.", gt=0, le=1)
-    embed_lr: float | None = option(None, "Learning rate of embeddings and head; default derived from the width.", gt=0, le=1)
+    micro_batch_tokens: int = option(
+        0, "Tokens per forward pass; 0 fits it to the machine. Changes memory, not the result.", unit="tokens", ge=0
+    )
+    optimizer: Literal["muon", "adamw"] = option(
+        "muon", "Optimizer of the matrices; embeddings and norms always use AdamW."
+    )
+    matrix_lr: float | None = option(
+        None, "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW.", gt=0, le=1
+    )
+    embed_lr: float | None = option(
+        None, "Learning rate of embeddings and head; default derived from the width.", gt=0, le=1
+    )
     norm_lr: float | None = option(None, "Learning rate of norm weights; default 0.005.", gt=0, le=1)
     weight_decay: float = option(0.0, "Weight decay of the matrices at the start; falls linearly to 0.", ge=0, lt=1)
-    schedule: Literal["wsd", "cosine", "constant"] = option("wsd", "Learning-rate schedule: warm-up, constant, linear decay; or cosine.")
+    schedule: Literal["wsd", "cosine", "constant"] = option(
+        "wsd", "Learning-rate schedule: warm-up, constant, linear decay; or cosine."
+    )
     warmup_steps: int = option(40, "Steps of linear warm-up; at most a tenth of the run is used.", unit="steps", ge=0)
     decay_share: float = option(0.6, "Share of the run over which the rate falls to zero (wsd).", ge=0, le=1)
     clip_norm: float = option(0.0, "Largest gradient norm; 0 switches clipping off.", ge=0)
-    skip_sigma: float = option(6.0, "Skip a step whose loss or gradient norm lies this many standard deviations above the recent mean; "
-                               "0 skips non-finite ones only.", unit="sigma", ge=0)  # fmt: skip
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "Dtype of activations and products; weights stay fp32. auto: bf16 where the hardware computes it, else fp32."
+    skip_sigma: float = option(
+        6.0,
+        "Skip a step whose loss or gradient norm lies this many standard deviations above the recent mean; "
+        "0 skips non-finite ones only.",
+        unit="sigma",
+        ge=0,
     )
-    compile: Literal["auto", "always", "never"] = option("auto", "torch.compile; auto: where it pays and a C++ compiler is there.")
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, about a third slower.")
-    heldout_every: int = option(0, "Steps between held-out measurements; 0: ten in a run.", unit="steps", ge=0, affects_result=False)
-    heldout_tokens: int = option(32_768, "Held-out tokens measured during training.", unit="tokens", ge=0, affects_result=False)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "Dtype of activations and products; weights stay fp32. auto: bf16 where the hardware computes it, else fp32.",
+    )
+    compile: Literal["auto", "always", "never"] = option(
+        "auto", "torch.compile; auto: where it pays and a C++ compiler is there."
+    )
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    heldout_every: int = option(
+        0, "Steps between held-out measurements; 0: ten in a run.", unit="steps", ge=0, affects_result=False
+    )
+    heldout_tokens: int = option(
+        32_768, "Held-out tokens measured during training.", unit="tokens", ge=0, affects_result=False
+    )
     checkpoint_every: int = option(100, "Steps between checkpoints.", unit="steps", ge=1, affects_result=False)
-    keep_checkpoints: int = option(2, "Checkpoints kept while training; all go when the run is finished.", ge=1, affects_result=False)
+    keep_checkpoints: int = option(
+        2, "Checkpoints kept while training; all go when the run is finished.", ge=1, affects_result=False
+    )
     log_every: int = option(1, "Steps between lines in metrics.jsonl.", unit="steps", ge=1, affects_result=False)
-    log_to: tuple[str, ...] = option(("tensorboard",), "Where metrics go besides metrics.jsonl: tensorboard, trackio, wandb.",
-                                     affects_result=False)  # fmt: skip
+    log_to: tuple[str, ...] = option(
+        ("tensorboard",),
+        "Where metrics go besides metrics.jsonl: tensorboard, trackio, wandb.",
+        affects_result=False,
+    )
     seed: int = option(0, "Seed of the weights and of the order of the data.", ge=0, lt=2**63)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    threads: int = option(0, "CPU threads; 0: one per core. Another number may change the last bits of the result.", unit="threads", ge=0)
+    threads: int = option(
+        0, "CPU threads; 0: one per core. Another number may change the last bits of the result.", unit="threads", ge=0
+    )
     overwrite: bool = option(False, "Replace another run in the output folder.", affects_result=False)
 
     def problems(self) -> list[str]:
@@ -61,14 +96,17 @@ class TrainingConfig:
             found.append(f"batch_tokens ({self.batch_tokens}) is less than one row of seq_len ({self.seq_len}) tokens")
         if unknown := sorted(set(self.log_to) - {"tensorboard", "trackio", "wandb"}):
             found.append(f"log_to: unknown logger {unknown[0]!r}; known: tensorboard, trackio, wandb")
-        if self.device not in ("auto", "cpu", "cuda") and not (self.device[:5] == "cuda:" and self.device[5:].isdecimal()):
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device[:5] == "cuda:" and self.device[5:].isdecimal()
+        ):
             found.append(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
-    """Train a causal language model from scratch. One dial, ``size``, derives width, heads, batch and learning rates."""
+    """Train a causal language model from scratch. One dial, ``size``, derives width, heads, batch and learning
+    rates."""
 
     data: Path = option(REQUIRED, "Data folder made by `danlu data build`.")
     tokenizer: Path = option(REQUIRED, "Tokenizer folder made by `danlu tokenizer train`.")
@@ -99,8 +137,13 @@ class FinetuneConfig(TrainingConfig):
     """Fine-tune a model on chats, instructions or plain text."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
-    data: Path = option(REQUIRED, "Data folder or a .jsonl/.json/.parquet file of chat, ShareGPT, Alpaca, prompt-completion or text rows.")
+    data: Path = option(
+        REQUIRED,
+        "Data folder or a .jsonl/.json/.parquet file of chat, ShareGPT, Alpaca, prompt-completion or text rows.",
+    )
     train_on: Literal["assistant", "all"] = option("assistant", "Which tokens carry loss.")
-    on_error: Literal["stop", "skip"] = option("stop", "What to do with a row that cannot be used: stop, or skip and count it.")
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "What to do with a row that cannot be used: stop, or skip and count it."
+    )
     lr_scale: float = option(0.1, "Learning rates as a share of the pre-training defaults.", gt=0, le=10)
     heldout_share: float = option(0.02, "Share of the rows held out when the data has no held-out split.", ge=0, lt=1)

@@ -21,7 +21,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DanluError(f"device={name}: this PyTorch sees no GPU; use device=cpu, or install a CUDA or ROCm build of PyTorch")
+        raise DanluError(
+            f"device={name}: this PyTorch sees no GPU; use device=cpu, or install a CUDA or ROCm build of PyTorch"
+        )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise DanluError(f"device={name}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     return device
@@ -38,9 +40,10 @@ def cpu_flags() -> frozenset[str]:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """True where bf16 products run on hardware: AMX or AVX512-BF16 CPUs, GPUs from Ampere on. Elsewhere they are emulated, and slow."""
+    """True where bf16 products run on hardware: AMX or AVX512-BF16 CPUs, GPUs from Ampere on. Elsewhere they are
+    emulated, and slow."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 

@@ -1,13 +1,14 @@
 """The training loop, for pre-training and fine-tuning alike. Read `Trainer.run` top to bottom.
 
-Exactness: a run is a function of its config, its data and the number of threads. Whatever moves while it runs (weights, optimizer
-state, position in the data, random states, the recent losses that decide about skipping) is in the checkpoint, so a run that is killed
-at any moment and started again ends with the same bits as one that was not.
+Exactness: a run is a function of its config, its data and the number of threads. Whatever moves while it runs (weights,
+optimizer state, position in the data, random states, the recent losses that decide about skipping) is in the
+checkpoint, so a run that is killed at any moment and started again ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import statistics
 import time
@@ -15,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,10 +36,14 @@ from danlu.training.schedule import learning_rate_share, muon_momentum
 COMPILE_PAYS_AFTER_MINUTES = 4.0
 """torch.compile takes about half a minute on two cores; on a shorter run it costs more than it saves."""
 
+PLAN = "plan.json"
+"""Length of the run in steps, written down before the first one."""
+
 
 @dataclass
 class HeldOut:
-    """Held-out rows measured during training. ``token_bytes`` (vocab,) is the UTF-8 length of each token, 0 for special ones."""
+    """Held-out rows measured during training. ``token_bytes`` (vocab,) is the UTF-8 length of each token, 0 for special
+    ones."""
 
     batch: Batch
     token_bytes: Tensor
@@ -67,6 +71,7 @@ class Trainer:
         held_out: measured now and then, or None.
         rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``norm_lr``.
         batch_tokens: tokens per optimizer step; rounded down to whole rows.
+        default_epochs: length of the run when the config gives none.
     """
 
     def __init__(
@@ -78,9 +83,10 @@ class Trainer:
         held_out: HeldOut | None,
         rates: dict[str, float],
         batch_tokens: int,
+        default_epochs: float = 1.0,
     ) -> None:
         self.started = time.perf_counter()
-        self.config, self.rows, self.held_out = config, rows, held_out
+        self.config, self.rows, self.held_out, self.default_epochs = config, rows, held_out, default_epochs
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = hardware.pick_device(config.device)
@@ -95,7 +101,7 @@ class Trainer:
         self.optimizers = build_optimizers(
             model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, **rates
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.nll_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = next_token_nll_sum
         self.progress = Progress()
         self.compiled = False
@@ -115,7 +121,7 @@ class Trainer:
             files.require_space(out, 16 * self.model.num_parameters() * (config.keep_checkpoints + 1), "checkpoints")
             self.peak = hardware.matmul_peak(self.dtype, self.device)
             self._compile()
-        plan_file = out / "plan.json"
+        plan_file = out / PLAN
         if plan_file.exists():
             self.total_steps = int(files.read_json(plan_file)["steps"])
         else:
@@ -148,26 +154,42 @@ class Trainer:
                 if measured:
                     bits_per_byte = self.measure_held_out()
                 if measured or progress.step % config.log_every == 0:
-                    line: Numbers = {"tokens": progress.tokens, "seconds": round(progress.seconds, 3), "loss": loss, "lr": lr,
-                                     "tokens_per_second": tokens / seconds, "flops_per_second": flops_per_token * tokens / seconds,
-                                     "grad_norm": grad_norm}  # fmt: skip
+                    line: Numbers = {
+                        "tokens": progress.tokens,
+                        "seconds": round(progress.seconds, 3),
+                        "loss": loss,
+                        "lr": lr,
+                        "tokens_per_second": tokens / seconds,
+                        "flops_per_second": flops_per_token * tokens / seconds,
+                        "grad_norm": grad_norm,
+                    }
                     log.write(progress.step, {**line, "heldout_bits_per_byte": bits_per_byte} if measured else line)
                 rate = progress.tokens / progress.seconds
                 bpb = f"  held-out {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
                 share = f" ({rate * flops_per_token / self.peak:.0%} of peak)"
-                advance(1, text=f"loss {loss:.3f}{bpb}  {rate:,.0f} tok/s  {rate * flops_per_token / 1e9:,.0f} GFLOP/s{share}")
+                advance(
+                    1,
+                    text=f"loss {loss:.3f}{bpb}  {rate:,.0f} tok/s  {rate * flops_per_token / 1e9:,.0f} GFLOP/s{share}",
+                )
                 if not last and (progress.step % config.checkpoint_every == 0 or stop_asked()):
                     self._save()
                 if stop_asked() and not last:
-                    console.note(f"stopped at step {progress.step} of {self.total_steps}; run the same command again to go on")
+                    console.note(
+                        f"stopped at step {progress.step} of {self.total_steps}; run the same command again to go on"
+                    )
                     raise KeyboardInterrupt
         return self._metrics(loss, bits_per_byte, flops_per_token)
 
     def _step(self) -> tuple[float, float, float]:
-        """One optimizer step over ``rows_per_step`` rows; returns loss (nats per target), gradient norm and share-scaled rate."""
+        """One optimizer step over ``rows_per_step`` rows; returns loss (nats per target), gradient norm and
+        share-scaled rate."""
         config, progress = self.config, self.progress
         share = learning_rate_share(
-            progress.step, self.total_steps, schedule=config.schedule, warmup=config.warmup_steps, decay_share=config.decay_share
+            progress.step,
+            self.total_steps,
+            schedule=config.schedule,
+            warmup=config.warmup_steps,
+            decay_share=config.decay_share,
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -181,7 +203,7 @@ class Trainer:
         nll = torch.zeros((), device=self.device)
         for micro in batch.to(self.device).split(self.micro_rows):
             micro_nll = self._micro_nll(micro)
-            self.scaler.scale(micro_nll / n_targets).backward()
+            self.scaler.scale(micro_nll / n_targets).backward()  # type: ignore[no-untyped-call]
             nll += micro_nll.detach()
         loss = nll.item() / n_targets
 
@@ -199,8 +221,8 @@ class Trainer:
             console.warn(f"step {progress.step + 1} skipped: loss {loss:.3f}, gradient norm {grad_norm:.3g}")
             if progress.skipped > max(20, self.total_steps // 10):
                 raise DanluError(
-                    f"{self.config.out}: {progress.skipped} steps were skipped; lower the learning rates (matrix_lr, embed_lr) "
-                    "or look at the data"
+                    f"{self.config.out}: {progress.skipped} steps were skipped; lower the learning rates "
+                    "(matrix_lr, embed_lr) or look at the data"
                 )
         if self.scaler.is_enabled():
             self.scaler.update()
@@ -234,7 +256,9 @@ class Trainer:
         for micro in self.held_out.batch.split(self.micro_rows):
             here = micro.to(self.device)
             nll += self._micro_nll(here).item()
-            n_bytes += int(self.held_out.token_bytes[micro.targets.clamp(min=0)].masked_fill(micro.targets < 0, 0).sum())
+            n_bytes += int(
+                self.held_out.token_bytes[micro.targets.clamp(min=0)].masked_fill(micro.targets < 0, 0).sum()
+            )
         return nll / (math.log(2) * max(1, n_bytes))
 
     def _compile(self) -> None:
@@ -243,7 +267,11 @@ class Trainer:
         minutes = self.config.minutes
         if wanted == "auto":
             short = minutes is not None and minutes < COMPILE_PAYS_AFTER_MINUTES and self.precision == "fp32"
-            wanted = "always" if self.device.type == "cuda" or (hardware.has_compiler() and not short and not _tiny(self)) else "never"
+            wanted = (
+                "always"
+                if self.device.type == "cuda" or (hardware.has_compiler() and not short and not _tiny(self))
+                else "never"
+            )
         if wanted == "always":
             begin = time.perf_counter()
             try:
@@ -265,19 +293,19 @@ class Trainer:
         position = self.rows.state()
         sizes = {self.micro_rows, self.rows_per_step % self.micro_rows or self.micro_rows}
         for n_rows in sizes:
-            self._micro_nll(self.rows.next(n_rows).to(self.device)).backward()
+            self._micro_nll(self.rows.next(n_rows).to(self.device)).backward()  # type: ignore[no-untyped-call]
         self.rows.restore(position)
         for p in self.model.parameters():
             p.grad = None
 
     def _plan_steps(self) -> int:
-        """Length of the run in steps. A budget of minutes is turned into steps by timing a few real ones and undoing them; fixed here
-        and written down, so that a resumed run has the same schedule."""
+        """Length of the run in steps. A budget of minutes is turned into steps by timing a few real ones and undoing
+        them; fixed here and written down, so that a resumed run has the same schedule."""
         config = self.config
         if config.steps is not None:
             return config.steps
         if config.minutes is None:
-            epochs = 1.0 if config.epochs is None else config.epochs
+            epochs = self.default_epochs if config.epochs is None else config.epochs
             return max(1, math.ceil(epochs * self.rows.rows_per_epoch / self.rows_per_step))
         saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         position = self.rows.state()
@@ -334,7 +362,8 @@ class Trainer:
         checkpoint.save_checkpoint(self.config.out, p.step, tensors, state, self.config.keep_checkpoints)
 
     def _default_micro_tokens(self) -> int:
-        # Enough rows to fill the matrix units, few enough that activations stay near the caches (measured in docs/log.md).
+        # Enough rows to fill the matrix units, few enough that activations stay near the caches (measured in
+        # docs/log.md).
         return 65_536 if self.device.type == "cuda" else 4_096
 
     def _describe(self) -> str:
@@ -342,8 +371,8 @@ class Trainer:
         how = "compiled" if self.compiled else "eager"
         return (
             f"{self.model.num_parameters() / 1e6:.2f} M weights, {self.precision} {how} on {self.device.type} "
-            f"({torch.get_num_threads()} threads, matmul peak {self.peak / 1e9:,.0f} GFLOP/s); {self.total_steps:,} steps of "
-            f"{self.rows_per_step} x {c.seq_len} tokens, {c.optimizer}, {c.schedule}"
+            f"({torch.get_num_threads()} threads, matmul peak {self.peak / 1e9:,.0f} GFLOP/s); "
+            f"{self.total_steps:,} steps of {self.rows_per_step} x {c.seq_len} tokens, {c.optimizer}, {c.schedule}"
         )
 
     def _metrics(self, loss: float, bits_per_byte: float | None, flops_per_token: int) -> dict[str, Any]:
@@ -365,6 +394,11 @@ class Trainer:
             "compile_seconds": self.compile_seconds,
             "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
         }
+
+    def clean_up(self) -> None:
+        """Delete what only an unfinished run needs; call it when the model folder is whole."""
+        shutil.rmtree(self.config.out / checkpoint.FOLDER, ignore_errors=True)
+        (self.config.out / PLAN).unlink(missing_ok=True)
 
     def details(self) -> dict[str, Any]:
         """How the run was done, for the card."""
@@ -406,11 +440,3 @@ def _stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-def cleared_checkpoints(out: Path) -> None:
-    """Delete what only an unfinished run needs."""
-    import shutil
-
-    shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
-    (out / "plan.json").unlink(missing_ok=True)

@@ -26,7 +26,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.sinks: list[Callable[[int, Numbers], None]] = []
         self.closers: list[Callable[[], Any]] = [self.file.close]
         for name in log_to:
-            {"tensorboard": self._tensorboard, "wandb": self._wandb, "trackio": self._trackio}[name](out, resume_step, config)
+            {"tensorboard": self._tensorboard, "wandb": self._wandb, "trackio": self._trackio}[name](
+                out, resume_step, config
+            )
 
     def write(self, step: int, numbers: Numbers) -> None:
         """One line of the log."""
@@ -35,19 +37,21 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for sink in self.sinks:
             sink(step, numbers)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for close in self.closers:
             close()
 
     def _tensorboard(self, out: Path, resume_step: int, config: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 
         def sink(step: int, numbers: Numbers) -> None:
             for name, value in numbers.items():
                 if value is not None:
-                    writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, value, step)
 
         self.sinks.append(sink)
         self.closers.append(writer.close)

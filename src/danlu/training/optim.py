@@ -1,21 +1,23 @@
 """Muon for the matrices of the blocks, AdamW for embeddings, head and norms.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest orthogonal
-matrix: every direction is learned at the same speed, which at small scale reaches a loss in about half the steps AdamW needs.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) replaces the momentum of a matrix by the nearest
+orthogonal
+matrix: every direction is learned at the same speed, which at small scale reaches a loss in about half the steps AdamW
+needs.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from danlu.models.causal_lm import CausalLM
 
-# Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd quintic for each step, for singular values in [1e-3, 1].
+# Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd quintic for each step, for singular values in [1e-3,
+# 1].
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -33,7 +35,7 @@ def orthogonalize(g_bmn: Tensor, dtype: torch.dtype) -> Tensor:
         g_bmn: (batch, rows, cols), any scale.
         dtype: dtype of the products; bf16 suffices where the hardware has it.
     """
-    x = g_bmn.to(dtype)
+    x: Tensor = g_bmn.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:  # the Gram matrix of the short side is the cheap one
         x = x.mT
@@ -48,8 +50,9 @@ def orthogonalize(g_bmn: Tensor, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, Nesterov look-ahead, orthogonalisation, cautious weight decay.
 
-    Matrices of one shape are stacked and treated as one batch. The step is scaled by sqrt(max(1, rows / cols)) so that one learning
-    rate fits all shapes. Weight decay acts only where it agrees with the update (Chen et al. 2025, arXiv:2510.12402).
+    Matrices of one shape are stacked and treated as one batch. The step is scaled by sqrt(max(1, rows / cols)) so that
+    one learning rate fits all shapes. Weight decay acts only where it agrees with the update (Chen et al. 2025,
+    arXiv:2510.12402).
 
     Args:
         dtype: dtype of the orthogonalisation products.
@@ -63,9 +66,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients that are there."""
-        assert closure is None
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -88,9 +90,17 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: CausalLM, *, optimizer: str, matrix_lr: float, embed_lr: float, norm_lr: float, weight_decay: float, muon_dtype: torch.dtype
+    model: CausalLM,
+    *,
+    optimizer: str,
+    matrix_lr: float,
+    embed_lr: float,
+    norm_lr: float,
+    weight_decay: float,
+    muon_dtype: torch.dtype,
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over all weights of the model; each group carries its peak rate and decay as ``initial_lr``, ``initial_decay``."""
+    """Optimizers over all weights of the model; each group carries its peak rate and decay as ``initial_lr``,
+    ``initial_decay``."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
     embeddings = list({id(p): p for p in (model.embed.weight, model.head.weight)}.values())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from danlu.models.config import ModelConfig, model_config_for
 from danlu.models.load import save_model
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.config import PretrainConfig, TrainingConfig
-from danlu.training.loop import HeldOut, Trainer, cleared_checkpoints
+from danlu.training.loop import HeldOut, Trainer
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -40,30 +40,44 @@ def pretrain(config: PretrainConfig) -> Path:
     config = validate(config)
     inputs = {"data": config.data, "tokenizer": config.tokenizer}
     data, tokenizer = DataFolder(config.data), Tokenizer.load(config.tokenizer)
-    stage = Stage.open(config.out, kind="model", verb="pretrain", config=config, inputs=inputs, overwrite=config.overwrite)
+    stage = Stage.open(
+        config.out, kind="model", verb="pretrain", config=config, inputs=inputs, overwrite=config.overwrite
+    )
     if stage.finished:
         console.note(f"{config.out}: already made, nothing to do")
         return config.out
 
     shape = model_config_for(
-        config.size, tokenizer.vocab_size, config.context, dim=config.dim, n_heads=config.n_heads, n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim, ffn_dim=config.ffn_dim, rope_base=config.rope_base, tie_embeddings=config.tie_embeddings,
-    )  # fmt: skip
+        config.size,
+        tokenizer.vocab_size,
+        config.context,
+        dim=config.dim,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        ffn_dim=config.ffn_dim,
+        rope_base=config.rope_base,
+        tie_embeddings=config.tie_embeddings,
+    )
     model = CausalLM(shape)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     batch_tokens = config.batch_tokens or default_batch_tokens(shape)
 
     train = tokenize(data, "train", tokenizer)
     rows = RowStream(
-        DocumentSequences(train.ids, train.offsets, tokenizer.bos_id), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id
+        DocumentSequences(train.ids, train.offsets, tokenizer.bos_id),
+        config.seq_len,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
     )
     n_tokens = int(rows.sequences.lengths.sum())
     if n_tokens < batch_tokens and config.steps != 0:
         raise DanluError(
-            f"{config.data}: has {n_tokens:,} training tokens, fewer than one batch of {batch_tokens:,}; add data, or lower batch_tokens"
+            f"{config.data}: has {n_tokens:,} training tokens, fewer than one batch of {batch_tokens:,}; "
+            "add data, or lower batch_tokens"
         )
     if config.steps is None and config.minutes is None and config.epochs is None:
-        config = _with_steps(config, max(1, 20 * model.num_parameters() // batch_tokens))
+        config = dataclasses.replace(config, steps=max(1, 20 * model.num_parameters() // batch_tokens))
     trainer = Trainer(
         config, model, rows,
         held_out=held_out_rows(data, tokenizer, config),
@@ -73,7 +87,7 @@ def pretrain(config: PretrainConfig) -> Path:
     metrics = trainer.run()
     save_model(model, config.out, tokenizer)
     stage.finish(metrics, trainer.details())
-    cleared_checkpoints(config.out)
+    trainer.clean_up()
     return config.out
 
 
@@ -83,7 +97,8 @@ def default_batch_tokens(shape: ModelConfig) -> int:
 
 
 def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0) -> dict[str, float]:
-    """Peak learning rates. Muon's does not depend on the width; the embedding's falls with its square root, as AdamW's should."""
+    """Peak learning rates. Muon's does not depend on the width; the embedding's falls with its square root, as AdamW's
+    should."""
     width = (shape.dim / 256) ** -0.5
     return {
         "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
@@ -98,13 +113,10 @@ def held_out_rows(data: DataFolder, tokenizer: Tokenizer, config: TrainingConfig
         return None
     tokens = tokenize(data, "heldout", tokenizer)
     rows = RowStream(
-        DocumentSequences(tokens.ids, tokens.offsets, tokenizer.bos_id), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id
+        DocumentSequences(tokens.ids, tokens.offsets, tokenizer.bos_id),
+        config.seq_len,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
     )
     batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
     return HeldOut(batch, torch.from_numpy(tokenizer.token_bytes()).long())
-
-
-def _with_steps(config: Any, steps: int) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config, steps=steps)

@@ -8,8 +8,10 @@ import math
 def learning_rate_share(step: int, total: int, *, schedule: str, warmup: int, decay_share: float) -> float:
     """Share of the peak rate at ``step`` (0-based) of ``total``.
 
-    wsd: linear warm-up, constant, then linear to zero over the last ``decay_share`` of the run (Hu et al. 2024, arXiv:2404.06395).
-    cosine: linear warm-up, then half a cosine to zero. constant: linear warm-up only. Warm-up takes at most a tenth of the run.
+    wsd: linear warm-up, constant, then linear to zero over the last ``decay_share`` of the run (Hu et al. 2024,
+        arXiv:2404.06395).
+    cosine: linear warm-up, then half a cosine to zero. constant: linear warm-up only. Warm-up takes at most a tenth of
+        the run.
     """
     warmup = min(warmup, total // 10)
     if step < warmup:
