@@ -85,6 +85,14 @@ def test_figures_are_those_of_the_cards(life: Path) -> None:
         assert shown in text, shown
 
 
+def test_bars_are_as_long_as_their_numbers(life: Path) -> None:
+    html = build_report(ReportConfig(model=life / "chat")).read_text()
+    bars = re.findall(r'style="width: ([\d.]+)%"></span><span class="number">([\d.]+)<', html)
+    assert [number for _, number in bars] == ["1.931", "1.591", "1.264", "3.912", "1.183", "1.201"]
+    for share, number in bars:
+        assert float(share) == pytest.approx(100 * float(number) / 3.9121, abs=0.05)
+
+
 def test_stages_stand_in_the_order_they_were_made(life: Path) -> None:
     evaluations = find_evaluations(life / "chat", read_lineage(life / "chat"))
     assert [e.label for e in evaluations] == ["untrained", "pre-trained", "fine-tuned"]
