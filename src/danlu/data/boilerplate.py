@@ -130,7 +130,7 @@ class RepeatedLines:
         """Documents from which on a line counts as boilerplate."""
         return max(self.MIN_DOCUMENTS, round(self.MIN_SHARE * self._n_documents))
 
-    def strip(self, text: str) -> str:
+    def strip_from(self, text: str) -> str:
         """``text`` without the lines that stand in too many documents."""
         lines = text.split("\n")
         keys = [line.strip() for line in lines]

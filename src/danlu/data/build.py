@@ -235,7 +235,7 @@ def _write(
                 key = _key(sources, item)
                 if lines is not None and record.type == "prose":
                     before = record.text
-                    text = cleaner.after_repeated_lines(before, lines.strip(before), key, report=number == 0)
+                    text = cleaner.after_repeated_lines(before, lines.strip_from(before), key, report=number == 0)
                     if text is None:
                         continue
                     record.text = text

@@ -288,10 +288,12 @@ class Cleaner:
         assert each.run is not None
         chat = json.loads(text)
         for message in chat["messages"]:
-            result = each.run(message["content"], "chat", self.limits)
-            if isinstance(result, Removed):
-                return result
-            message["content"] = result
+            for part in ("content", "reasoning_content"):
+                if isinstance(said := message.get(part), str):
+                    result = each.run(said, "chat", self.limits)
+                    if isinstance(result, Removed):
+                        return result
+                    message[part] = result
         return json.dumps(chat, ensure_ascii=False)
 
 

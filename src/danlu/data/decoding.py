@@ -119,6 +119,8 @@ def encoding_of(path: Path, head: bytes, default: str, is_python: bool = False) 
             cookie, _ = tokenize.detect_encoding(io.BytesIO(head).readline)
             return default if cookie == "utf-8" else cookie
         except SyntaxError as error:
+            if "invalid or missing" in str(error):  # no cookie and not UTF-8: told with its place when it is decoded
+                return default
             raise DanluError(f"{path}:1: {error.msg or error}; mend the coding line, or --exclude it") from error
     return default
 

@@ -128,7 +128,7 @@ def _email(match: re.Match[str], is_code: bool) -> bool:
 def _phone(match: re.Match[str], is_code: bool) -> bool:
     digits = re.sub(r"\D", "", match[0])
     if match[0].startswith("+"):
-        return 9 <= len(digits) <= 15 and digits[0] != "0"
+        return 10 <= len(digits) <= 15 and digits[0] != "0"
     if "555" in digits[3:6] and digits[6:8] == "01":  # 555-0100 to 555-0199 are for fiction
         return False
     return len(digits) == 10 or not is_code  # a bare Chinese mobile number is just a number in code
@@ -235,7 +235,7 @@ RULES: tuple[Rule, ...] = (
         "<PHONE>",
         _phone,
         r"\+[1-9]|[0-9]{11}|[0-9]{3}-[0-9]{3,4}-[0-9]{4}|[0-9]\) ?[0-9]{3}-",
-        r"(?<![\w.+\-/#&=)])(?:\+[1-9]\d{0,2}(?:[ \-]?\(\d{1,4}\))?(?:[ \-]\d{2,4}){2,4}|\+[1-9]\d{9,13}",
+        r"(?<![\w.+\-/#&=)])(?:\+[1-9]\d{0,2}(?:[ \-]?\(\d{1,4}\))?(?:[ \-]\d{2,8}){1,4}|\+[1-9]\d{9,13}",
         r"|\([2-9]\d\d\) ?[2-9]\d\d-\d{4}|[2-9]\d\d-[2-9]\d\d-\d{4}|1[3-9]\d{9}|1[3-9]\d-\d{4}-\d{4})",
         r"(?![\w/]|-\w|[.,]\d)",
     ),

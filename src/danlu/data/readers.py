@@ -208,7 +208,8 @@ def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any,
         while True:
             try:
                 found, end = decoder.raw_decode(buffer, at)
-                if end < len(buffer) or ended or not grow():  # a number may go on in the next piece
+                cut = end == len(buffer) or buffer[end] in ".eE+-0123456789"  # a number may go on in the next piece
+                if not cut or ended or not grow():
                     at = end
                     return found
             except json.JSONDecodeError as error:
