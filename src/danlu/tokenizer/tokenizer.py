@@ -62,9 +62,11 @@ class Tokenizer:
         self._where = where
         added = self._definition.get("added_tokens") or []
         self._full = _build(self._definition, where)
-        # The same vocabulary without markers, for text that is only text. Added tokens that are ordinary text (some
-        # families add runs of spaces) stay in: models were trained on them.
-        self._plain = _build({**self._definition, "added_tokens": [t for t in added if not _is_marker(t)]}, where)
+        # For text that is only text: the same vocabulary, in which every marker counts as special and specials are not
+        # recognised. Added tokens that are ordinary text (runs of spaces, in some families) still are: models know them.
+        as_special = [{**token, "special": _is_marker(token)} for token in added]
+        self._plain = _build({**self._definition, "added_tokens": as_special}, where)
+        self._plain.encode_special_tokens = True
 
         self._markers: dict[str, int] = {token["content"]: token["id"] for token in added if _is_marker(token)}
         longest_first = sorted(self._markers, key=len, reverse=True)
@@ -105,9 +107,10 @@ class Tokenizer:
             )
         definition = _read_object(path / TOKENIZER)
         config: dict[str, Any] = {}
-        for name in (SPECIAL_MAP, CONFIG):  # what both say is taken from the config
-            if (path / name).is_file():
-                config.update({key: value for key, value in _read_object(path / name).items() if value is not None})
+        for name in (CONFIG, SPECIAL_MAP):  # what both say is taken from the first
+            for key, value in _read_object(path / name).items() if (path / name).is_file() else ():
+                if value is not None:
+                    config.setdefault(key, value)
         if (path / TEMPLATE).is_file():
             config["chat_template"] = (path / TEMPLATE).read_text(encoding="utf-8")
         return cls(definition, config, where=path)
@@ -177,13 +180,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of ids; special tokens stand for their own text."""
-        table = self._bytes_of_ids
-        try:
-            return b"".join([table[i] for i in ids])
-        except IndexError:
-            raise DanluError(
-                f"{self._where}: token id {max(ids)} is outside the vocabulary of {self.vocab_size}"
-            ) from None
+        strange = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if strange is not None:
+            raise DanluError(f"{self._where}: token id {strange} is outside the vocabulary of {self.vocab_size}")
+        return b"".join([self._bytes_of_ids[i] for i in ids])
 
     def id_of(self, token: str) -> int:
         """Id of a token by its text, e.g. ``<|im_end|>``.
@@ -318,7 +318,7 @@ class Tokenizer:
         for token, i in self._full.get_vocab(with_added_tokens=True).items():
             if i in added:
                 table[i] = token.encode()
-            elif self._is_byte_level:
+            elif self._is_byte_level and _CHAR_TO_BYTE.keys() >= set(token):
                 table[i] = bytes(_CHAR_TO_BYTE[c] for c in token)
             elif found := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's way to write a byte
                 table[i] = bytes.fromhex(found[1])
