@@ -258,7 +258,7 @@ def _pairs(
 ) -> Iterator[Document]:
     from danlu.data.folder import Document
 
-    for module_id, path, source_name, text in _modules(data, split):
+    for module_id, path, source_name, text in python_modules(data, split):
         metrics["modules_read"] += 1
         tree = parse(text)
         if tree is None:
@@ -279,7 +279,7 @@ def _pairs(
                 )
 
 
-def _modules(data: DataFolder, split: Split) -> Iterator[tuple[str, str, str, str]]:
+def python_modules(data: DataFolder, split: Split) -> Iterator[tuple[str, str, str, str]]:
     """Id, path, source name and text of each Python module; neighbouring chunks of a long one are joined."""
     documents = (d for d in data.documents(split) if d.kind == "text" and re.search(r"\.pyi?(\.|$)", d.path))
     for _, group in itertools.groupby(documents, key=lambda d: (d.source, re.sub(r"#\d+(?=$|@)", "", d.id))):
