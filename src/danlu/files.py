@@ -29,7 +29,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:60]}.", suffix=f".tmp{target.suffix}", dir=target.parent)
+        suffix = f".tmp{target.suffix}"
+        handle, name = tempfile.mkstemp(prefix=f".{target.stem[:60]}.", suffix=suffix, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -118,9 +119,9 @@ def require_space(folder: str | Path, n_bytes: int, purpose: str) -> None:
 def as_user_error(error: OSError, path: str | Path) -> DanluError:
     """An OSError in words a user can act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DanluError(f"{path}: the disk is full; nothing was left half-written. Make room and run the same command again")
+        return DanluError(f"{path}: the disk is full; nothing was left half-written. Make room and run it again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DanluError(f"{path}: cannot be written ({error.strerror}); choose another folder or mend its permissions")
+        return DanluError(f"{path}: cannot be written ({error.strerror}); choose another folder or mend its rights")
     return DanluError(f"{path}: {error.strerror or error}")
 
 

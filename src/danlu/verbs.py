@@ -1,7 +1,7 @@
 """The table of verbs. The command line, `import danlu` and recipes are all made from it.
 
-A verb is a function that takes one config dataclass. Configs live in modules that import no torch, so that building the whole
-command line stays fast; the function's module is imported when the verb runs.
+A verb is a function that takes one config dataclass. Configs live in modules that import no torch, so that building the
+whole command line stays fast; the function's module is imported when the verb runs.
 """
 
 from __future__ import annotations

@@ -144,6 +144,15 @@ def test_what_comes_from_elsewhere_is_known_by_names_and_contents(tmp_path: Path
     assert len({before, renamed, fingerprint_of(folder)}) == 3
 
 
+@pytest.mark.parametrize("field", ["kind", "config", "metrics", "details", "files", "seconds", "inputs"])
+def test_a_card_of_the_wrong_shape_is_told(made: Path, field: str) -> None:
+    content = json.loads((made / CARD).read_text())
+    content[field] = None
+    (made / CARD).write_text(json.dumps(content))
+    with pytest.raises(DanluError, match="is not a danlu card"):
+        Card.load(made)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "3", '{"kind": "model"}', '{"inputs": [{"no": 1}]}', "{"])
 def test_a_broken_card_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / CARD).write_text(content)

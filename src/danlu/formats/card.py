@@ -1,9 +1,9 @@
 """The card: `danlu.json`, which every folder danlu makes carries.
 
-It says what the folder is, which verb made it with which config out of which inputs (with their fingerprints and, nested, their own
-cards: the lineage), with which metrics and versions. A stage is open from :meth:`Stage.open` to :meth:`Stage.finish`; in between the
-folder holds `danlu.run.json`, by which an interrupted run is recognised and resumed. A folder whose card has the same fingerprint
-(same verb, same config, same inputs) need not be made again.
+It says what the folder is, which verb made it with which config out of which inputs (with their fingerprints and,
+nested, their own cards: the lineage), with which metrics and versions. A stage is open from :meth:`Stage.open` to
+:meth:`Stage.finish`; in between the folder holds `danlu.run.json`, by which an interrupted run is recognised and
+resumed. A folder whose card has the same fingerprint (same verb, same config, same inputs) need not be made again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ CARD = "danlu.json"
 RUN = "danlu.run.json"
 
 Kind = Literal["data", "tokenizer", "model", "evaluation"]
+
+_SHAPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "verb", "fingerprint", "created"), str),
+    **dict.fromkeys(("config", "metrics", "details", "versions", "files"), dict),
+    "seconds": (int, float),
+}
+"""What a card from elsewhere must hold, so that readers may rely on it."""
 
 
 @dataclass
@@ -79,7 +86,11 @@ class Card:
             known = {f.name for f in dataclasses.fields(cls)}
             values = {key: value for key, value in content.items() if key in known}
             values["inputs"] = [Input(**item) for item in values.get("inputs", [])]
-            return cls(**values)
+            card = cls(**values)
+            for name, shape in _SHAPES.items():
+                if not isinstance(getattr(card, name), shape):
+                    raise TypeError(f"{name} is {getattr(card, name)!r}")
+            return card
         except (TypeError, AttributeError) as error:
             raise DanluError(f"{where}: is not a danlu card ({error})") from error
 
@@ -150,9 +161,11 @@ class Stage:
 
         Args:
             out: the folder to fill; made if it is missing.
-            config: the verb's config dataclass; fields declared with ``affects_result=False`` do not count in the fingerprint.
-            inputs: role -> path of the folders and files the result depends on, or an Input whose fingerprint is known already.
-            overwrite: empty a folder that holds another danlu result first. Folders danlu did not make are never emptied.
+            config: the verb's config dataclass; fields declared with ``affects_result=False`` do not count in the
+                fingerprint.
+            inputs: role -> path of the folders and files the result depends on, or an Input whose fingerprint is known.
+            overwrite: empty a folder that holds another danlu result first. Folders danlu did not make are never
+                emptied.
 
         Raises:
             DanluError: the folder cannot be written, or holds something else.
@@ -171,11 +184,14 @@ class Stage:
         ours = any((folder / name).exists() for name in (CARD, RUN))
         strangers = [p for p in folder.iterdir() if not p.name.startswith(".")] if not ours else []
         if strangers:
-            raise DanluError(f"{folder}: is not empty ({strangers[0].name}, ...) and was not made by danlu; choose another --out")
+            raise DanluError(
+                f"{folder}: is not empty ({strangers[0].name}, ...) and was not made by danlu; choose another --out"
+            )
         if ours and not finished and not resumed:
             if not overwrite:
                 raise DanluError(
-                    f"{folder}: holds another run (other config or inputs); choose another --out, or replace it with --overwrite"
+                    f"{folder}: holds another run (other config or inputs); choose another --out, or replace it "
+                    "with --overwrite"
                 )
             for member in folder.iterdir():
                 shutil.rmtree(member) if member.is_dir() and not member.is_symlink() else member.unlink()

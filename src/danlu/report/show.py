@@ -190,7 +190,7 @@ def _print(found: dict[str, Any]) -> None:
     sizes |= {name: "gone" for name in changed if name not in sizes}
     sections.append((f"files, {files.human_bytes(found['bytes'])}", _table(sizes)))
     for title, body in sections:
-        console.print(Group(Text(f"\n{title}", style="bold cyan"), Padding(body, (0, 0, 0, 2))))
+        console.print(Group(Text(f"\n{title}", style="bold cyan"), Padding(body, (0, 0, 0, 2))), soft_wrap=False)
 
 
 def _table(values: Mapping[str, Any]) -> Table:
