@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danlu.data.dedup import RELATED, Deduplicator, Duplicates, UnionFind
+from danlu.data.dedup import Deduplicator, Duplicates, UnionFind
 from danlu.data.minhash import estimate, jaccard, shingles, signature
 
 WORDS = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("n", "r", "lo", "mi", "stan", "qua")]
@@ -72,8 +72,8 @@ def test_what_is_removed_is_really_near_and_what_is_related_is_grouped() -> None
     for i, j in itertools.combinations(range(len(texts)), 2):
         alike = jaccard(sets[i], sets[j])
         near += [(i, j)] if alike >= 0.8 else []
-        related += [(i, j)] if alike >= RELATED + 0.1 else []
-        apart += [(i, j)] if alike < 0.3 else []
+        related += [(i, j)] if alike >= 0.5 else []
+        apart += [(i, j)] if alike < 0.2 else []
     assert near
     assert len(related) > len(near)
     assert all(found.copy_of[i] == found.copy_of[j] for i, j in near)
