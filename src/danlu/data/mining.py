@@ -176,7 +176,11 @@ def make_filters() -> list[Filter]:
         return is_known
 
     return [
-        Filter("dunder", "Methods whose meaning Python fixes, such as __repr__.", lambda f, c: f.name.startswith("__")),
+        Filter(
+            "dunder",
+            "Names that begin with two underscores: hooks of Python and hidden helpers.",
+            lambda f, c: f.name.startswith("__"),
+        ),
         Filter("deprecated", "Functions that nobody should call or imitate any more.", lambda f, c: _is_deprecated(f)),
         Filter(
             "short_docstring",

@@ -63,7 +63,7 @@ class Tokenizer:
         added = self._definition.get("added_tokens") or []
         self._full = _build(self._definition, where)
         # For text that is only text: the same vocabulary, in which every marker counts as special and specials are not
-        # recognised. Added tokens that are ordinary text (runs of spaces, in some families) still are: models know them.
+        # recognised. Added tokens that are ordinary text (runs of spaces, in some families) are: models know them.
         as_special = [{**token, "special": _is_marker(token)} for token in added]
         self._plain = _build({**self._definition, "added_tokens": as_special}, where)
         self._plain.encode_special_tokens = True
