@@ -27,7 +27,10 @@ from danlu.models.causal_lm import CausalLM
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
 
-BATCH_TOKENS = 8192  # tokens in one forward pass
+BATCH_TOKENS = {
+    "cpu": 2048,
+    "cuda": 65536,
+}  # in one forward pass; a CPU is a fifth faster when activations stay in its cache
 LOGITS = 1 << 25  # logits held at once: 128 MB in fp32
 POOL = 512  # windows that are sorted by length before they are cut into batches, so that little is padded
 
@@ -90,7 +93,7 @@ def bits_per_byte(
                 yield from windows_of(torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)]), context, stride)
 
     nats = 0.0
-    for batch in _batches(windows()):
+    for batch in _batches(windows(), BATCH_TOKENS[model.device.type]):
         nats += _nats(model, batch)
         scored = sum(window.n_scored for window in batch)
         n_tokens += scored
@@ -120,10 +123,10 @@ def windows_of(ids: Tensor, context: int, stride: int) -> Iterator[Window]:
         scored = end
 
 
-def _batches(windows: Iterator[Window]) -> Iterator[list[Window]]:
+def _batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[list[Window]]:
     while pool := sorted(islice(windows, POOL), key=lambda window: len(window.inputs), reverse=True):
         while pool:
-            rows = max(1, BATCH_TOKENS // len(pool[0].inputs))
+            rows = max(1, batch_tokens // len(pool[0].inputs))
             yield pool[:rows]
             pool = pool[rows:]
 

@@ -25,10 +25,17 @@ class EvaluateConfig:
         ("bits_per_byte", "code", "compressors"), "What to measure: bits_per_byte, code, compressors."
     )
     context: int | None = option(
-        None, "Tokens the model sees at most while it is scored; none takes the model's own context.", ge=1
+        None,
+        "Tokens the model sees at most while it is scored. None: the length it was trained on, or its context where "
+        "danlu has not trained it.",
+        unit="tokens",
+        ge=1,
     )
     stride: int | None = option(
-        None, "Tokens between windows over a long document; smaller is slower and kinder. None: half the context.", ge=1
+        None,
+        "Tokens between windows over a long document; smaller is slower and kinder. None: half the context.",
+        unit="tokens",
+        ge=1,
     )
     functions: int = option(64, "Held-out functions whose bodies the model is asked to write.", ge=1)
     max_new_tokens: int = option(128, "Longest body.", unit="tokens", ge=1)

@@ -69,7 +69,7 @@ def _measure(
     if "bits_per_byte" in config.tasks:
         with console.progress("scoring held-out text", unit="tokens") as advance:
             score = bits_per_byte(
-                model, tokenizer, _texts(data, "heldout"), config.context, config.stride, progress=advance
+                model, tokenizer, _texts(data, "heldout"), _context(config, model), config.stride, progress=advance
             )
         metrics |= {"bits_per_byte": score.bits_per_byte, "heldout_bytes": score.bytes, "heldout_tokens": score.tokens}
     if "code" in config.tasks:
@@ -99,6 +99,13 @@ def _measure(
 
 def _texts(data: DataFolder, split: Literal["train", "heldout"]) -> Any:
     return (document.text for document in data.documents(split) if document.kind == "text")
+
+
+def _context(config: EvaluateConfig, model: CausalLM) -> int:
+    """Positions beyond the rows of its training are new to a model, whatever its config allows."""
+    card = card_if_any(config.model)
+    trained = card.config.get("seq_len") if card is not None else None
+    return config.context or min(trained or model.config.context, model.config.context)
 
 
 def _prompt_format(config: EvaluateConfig) -> Literal["plain", "chat"]:
