@@ -254,6 +254,10 @@ def mine_instructions(config: MineConfig) -> DataFolder:
         stage.abandon()
         raise
     stage.finish(metrics, {"filters": [f.report() for f in filters]})
+    note(
+        f"{config.out}: {metrics['documents_kept']:,} pairs of {metrics['documents_read']:,} documented functions "
+        f"({metrics['train_documents']:,} for training, {metrics.get('heldout_documents', 0):,} held out)"
+    )
     return DataFolder(config.out)
 
 

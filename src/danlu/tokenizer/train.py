@@ -20,9 +20,10 @@ from danlu.tokenizer.config import TokenizerConfig
 from danlu.tokenizer.special import END_OF_TEXT, KEPT_WHEN_DECODED, PAD, SPECIAL_TOKENS
 from danlu.tokenizer.tokenizer import Tokenizer
 
+MEASURED_BYTES = 64 << 20  # of each split, for the bytes per token on the card
+
 # Text is cut into pieces by this pattern before pairs are merged, so no token crosses a cut. It follows GPT-4's (a
-# word takes the one character before it, blank or not: " word", ".attribute", "_part"), with these changes, measured
-# in docs/log.md:
+# word takes the one character before it, blank or not: " word", ".attribute", "_part"), with these changes:
 SCRIPTS_OF_THEIR_OWN = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 PRE_TOKENS = "|".join(
     (
@@ -69,22 +70,25 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         note(f"{config.out}: already made, nothing to do")
         return config.out
     try:
-        tokenizer = train_on(_texts(data, "train", config.sample_bytes), config.vocab_size, config.min_frequency)
+        tokenizer = train_on(
+            _texts(data, "train", config.sample_bytes, "learning"), config.vocab_size, config.min_frequency
+        )
     except DanluError:
         stage.abandon()
         raise
     tokenizer.save(stage.out)
 
-    heldout = (
-        bytes_per_token(tokenizer, _texts(data, "heldout", config.sample_bytes)) if "heldout" in data.splits() else None
-    )
+    measured = {
+        split: bytes_per_token(tokenizer, _texts(data, split, min(config.sample_bytes, MEASURED_BYTES), "measuring"))
+        for split in data.splits()
+    }
     sizes = tokenizer.token_bytes()
     longest = sorted(range(tokenizer.vocab_size), key=lambda i: (-int(sizes[i]), i))[:40]
     stage.finish(
         metrics={
             "vocab_size": tokenizer.vocab_size,
-            "bytes_per_token": bytes_per_token(tokenizer, _texts(data, "train", config.sample_bytes)),
-            "bytes_per_token_heldout": heldout,
+            "bytes_per_token": measured["train"],
+            "bytes_per_token_heldout": measured.get("heldout"),
         },
         details={
             "longest_tokens": [tokenizer.decode([i]) for i in longest],
@@ -92,6 +96,8 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
             "pre_tokens": PRE_TOKENS,
         },
     )
+    figures = ", ".join(f"{figure:.2f} bytes per token ({split})" for split, figure in measured.items())
+    note(f"{config.out}: {tokenizer.vocab_size:,} tokens, {figures}")
     return config.out
 
 
@@ -147,11 +153,11 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     return n_bytes / max(n_tokens, 1)
 
 
-def _texts(data: DataFolder, split: Split, sample_bytes: int) -> Iterator[str]:
+def _texts(data: DataFolder, split: Split, sample_bytes: int, what: str) -> Iterator[str]:
     """Texts of a split; of a split larger than ``sample_bytes``, an even sample that depends on the documents alone."""
     n_bytes = data.card.metrics.get(f"{split}_bytes") or 0
     share = min(1.0, sample_bytes / n_bytes) if n_bytes else 1.0
-    with progress(f"reading {split} text", total=n_bytes * share or None, unit="bytes") as advance:
+    with progress(f"{what} ({split} text)", total=n_bytes * share or None, unit="bytes") as advance:
         for document in data.documents(split):
             if int(document.sha256[:8], 16) < share * 2**32:
                 text = _text_of(document)
