@@ -41,13 +41,7 @@ _UNION = (typing.Union, types.UnionType)
 def main() -> None:
     """Run the command line; what goes wrong decides the exit code: 2 the user's mistake, 130 Ctrl-C, 1 ours."""
     try:
-        try:
-            build_app(sys.argv[1:])(prog_name="danlu")
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        build_app(sys.argv[1:])(prog_name="danlu")
     except DanluError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

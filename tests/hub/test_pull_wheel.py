@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -146,12 +147,14 @@ def test_a_member_that_lies_about_its_size_is_refused(make_wheel: MakeWheel, hom
 
 
 def test_a_source_distribution_is_not_built(home: Path, tmp_path: Path) -> None:
-    """Building one would run its setup.py."""
-    import tarfile
-
+    """Building one would run the code it brings; this one needs nothing else to be built."""
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    (tmp_path / "pyproject.toml").write_text(project + '[project]\nname = "tiny-model"\nversion = "1.0"\n')
+    (tmp_path / "backend.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    (tmp_path / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
     with tarfile.open(tmp_path / "wheels" / "tiny-model-1.0.tar.gz", "w:gz") as archive:
-        (tmp_path / "setup.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
-        archive.add(tmp_path / "setup.py", "tiny-model-1.0/setup.py")
+        for name in ("pyproject.toml", "backend.py", "PKG-INFO"):
+            archive.add(tmp_path / name, f"tiny-model-1.0/{name}")
     with pytest.raises(DanluError, match="pip could not download it"):
         pull(PullConfig(SOURCE))
     assert not (tmp_path / "was-run").exists()
