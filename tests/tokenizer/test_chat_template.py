@@ -226,12 +226,13 @@ MELTING = (
 )
 
 
-@pytest.mark.parametrize("template", [REWRITING, MELTING])
-def test_templates_that_break_the_prefix_are_refused(tokenizer: Tokenizer, template: str) -> None:
+@pytest.mark.parametrize(("template", "answer"), [(REWRITING, "later"), (MELTING, "\n\nlater")])
+def test_templates_that_break_the_prefix_are_refused(tokenizer: Tokenizer, template: str, answer: str) -> None:
     other = Tokenizer(tokenizer._definition, {**tokenizer._config, "chat_template": template})
-    messages = [*CHATS[2][1:4], {"role": "assistant", "content": "\n\nlater"}]
+    messages = [*CHATS[2][1:4], {"role": "assistant", "content": answer}]
     with pytest.raises(DanluError, match="not a prefix"):
         other.encode_chat_with_mask(messages)
+    other.encode_chat_with_mask([*CHATS[2][1:2], {"role": "assistant", "content": "fine"}])
 
 
 # ---- templates

@@ -126,8 +126,7 @@ def test_ids_outside_the_vocabulary_and_unknown_tokens_are_told(tokenizer: Token
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
-    backend = tokenizers.Tokenizer.from_str(json.dumps(tokenizer._definition))
-    return [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [text[start:end] for _, (start, end) in tokenizer._full.pre_tokenizer.pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize(
