@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from danlu.data import cleaning
 from danlu.data.boilerplate import RepeatedLines, strip_banner_lines, strip_licence_header
+from danlu.data.chunking import Structure, chunks
 from danlu.data.cleaning import FILTER_NAMES, Cleaner, Limits, Removed
 from danlu.data.repetition import too_repetitive
 
@@ -210,6 +213,38 @@ class TestRepetition:
     def test_code_is_not_judged(self) -> None:
         table = "X = [\n" + "    'value',\n" * 50 + "]\n"
         assert Cleaner().clean(table, "code", "p") == table
+
+
+HOSTILE = [
+    "home " + ">" * 150 + "  x\n",
+    "-----BEGIN RSA PRIVATE KEY-----\n",
+    "/* copyright ",
+    "# copyright\n",
+    "...",
+    "a@",
+    "+1 22 ",
+    "4012 8888 ",
+    "api_key='",
+    "eyJaaaaaaaaaa.",
+    "â€™",
+    "\n ",
+    "a",
+    "1",
+]
+
+
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_hostile_text_takes_no_longer_than_its_length(unit: str) -> None:
+    """Regular expressions that go back over and over would take minutes."""
+    text = (unit * (200_000 // len(unit)))[:200_000]
+    started = time.process_time()
+    for each in cleaning.FILTERS:
+        for type in each.types:
+            if each.run is not None and type != "chat":
+                each.run(text, type, LIMITS)
+    for structure in get_args(Structure):
+        chunks(text, 50_000, structure)
+    assert time.process_time() - started < 4
 
 
 class TestCleaner:

@@ -22,7 +22,7 @@ _BANNER = re.compile(
             r"^(?:please )?(?:enable|turn on) (?:javascript|cookies)\b",
             r"^(?:previous|next) (?:article|page|post)s?$",
             r"^(?:home|menu|search|login|register|share|print|advertisement)$",
-            r"^(?:home|首页) ?(?:[|>»·/] ?\S+ ?){2,}$",
+            r"^(?:home|首页) ?(?:[|>»·/] ?[^\s|>»·/]+ ?){2,}$",
             r"版权所有|版权声明|ICP备\d+号|公网安备|接受(?:所有|全部) ?cookie",
             r"^(?:返回|回到)(?:顶部|首页)|^(?:上一篇|下一篇|上一页|下一页)\b",
             r"^(?:分享到|扫一扫|关注我们|责任编辑)[：:]?.{0,20}$",
@@ -96,8 +96,14 @@ def _without_licence_paragraphs(header: list[str]) -> list[str]:
 
 def _without_licence_blocks(header: list[str]) -> list[str]:
     """A ``/* ... */`` block that holds a licence goes as a whole, so that its delimiters stay in pairs."""
-    blocks = re.split(r"(/\*.*?\*/[ \t]*\n?)", "\n".join(header), flags=re.DOTALL)
-    return "".join(block for block in blocks if not _LICENCE.search(block)).split("\n")
+    text, kept, at = "\n".join(header), [], 0
+    while (start := text.find("/*", at)) >= 0 and (end := text.find("*/", start + 2)) >= 0:
+        end += 3 if text.startswith("\n", end + 2) else 2
+        kept.append(text[at:start])
+        if not _LICENCE.search(text, start, end):
+            kept.append(text[start:end])
+        at = end
+    return "".join([*kept, text[at:]]).split("\n")
 
 
 class RepeatedLines:

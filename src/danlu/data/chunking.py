@@ -16,10 +16,11 @@ Structure = Literal["python", "markdown", "plain"]
 # Every match marks one place where a text may be cut: where the match ends. Coarse structure first.
 _DEFINITION = re.compile(r"\n(?=@|(?:async[ \t]+)?def[ \t]|class[ \t]|if __name__)")
 _HEADING = re.compile(r"\n(?=#{1,6}[ \t])")
-_PARAGRAPH = re.compile(r"\n[ \t]*\n\s*?(?=[^\n])")
+_PARAGRAPH = re.compile(r"\n\s*\n")
 _LINE = re.compile(r"\n")
-_SENTENCE = re.compile(r"[。！？…]+[”’」』）]*|[.!?]+[\"')\]]*[ \t]+")
+_SENTENCE = re.compile(r"[。！？…]+[”’」』）]*|[.!?]{1,9}[\"')\]]{0,3}[ \t]+")
 _WORD = re.compile(r"\s+")
+_LOOK_AHEAD = 20  # characters behind a chunk that tell whether a definition begins there
 _COMMON = (_PARAGRAPH, _LINE, _SENTENCE, _WORD)
 _LEVELS: dict[Structure, tuple[re.Pattern[str], ...]] = {
     "python": (_DEFINITION, *_COMMON),
@@ -48,7 +49,7 @@ def _best_cut(text: str, start: int, max_chars: int, levels: Sequence[re.Pattern
     half, limit = start + max_chars // 2, start + max_chars
     for pattern in levels:
         cut = 0
-        for match in pattern.finditer(text, half, min(len(text), limit + 1)):
+        for match in pattern.finditer(text, half, limit + _LOOK_AHEAD):
             if half < match.end() <= limit:
                 cut = match.end()
         if pattern is _DEFINITION and cut:

@@ -74,6 +74,9 @@ class DataConfig:
                 split_weight(entry)
             except ValueError as error:
                 found.append(f"corpus: {error}")
+        for language in self.languages:
+            if not (language.isascii() and language.islower() and len(language) == 2):
+                found.append(f"languages: {language!r} is not an ISO 639-1 code, such as en or zh")
         for key in ("filters", "skip_filters"):
             for name in getattr(self, key):
                 if name not in FILTER_NAMES:
