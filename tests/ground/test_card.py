@@ -172,3 +172,13 @@ def test_a_broken_run_marker_is_told(tmp_path: Path) -> None:
     (tmp_path / RUN).write_text("[1]")
     with pytest.raises(DanluError, match="holds another run"):
         start(tmp_path)
+
+
+def test_a_result_that_lost_a_file_is_not_taken_for_finished(made: Path) -> None:
+    (made / "model.bin").write_text("cut")
+    with pytest.raises(DanluError, match=r"model\.bin: is missing or was changed"):
+        start(made)
+    assert (made / "model.bin").exists()  # perhaps the user's own change: nothing is deleted unasked
+    again = start(made, overwrite=True)
+    assert not again.finished
+    assert not (made / "model.bin").exists()

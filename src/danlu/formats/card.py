@@ -67,6 +67,14 @@ class Card:
         """Write the card into its folder."""
         files.write_json(Path(folder) / CARD, dataclasses.asdict(self))
 
+    def changed_file(self, folder: str | Path) -> str | None:
+        """The first file of the card that is missing or has another size; None when the folder is whole."""
+        for name, recorded in self.files.items():
+            path = Path(folder) / name
+            if not path.is_file() or path.stat().st_size != recorded["bytes"]:
+                return name
+        return None
+
     @classmethod
     def load(cls, folder: str | Path) -> Card:
         """Read the card of a folder.
@@ -177,7 +185,13 @@ class Stage:
         files.require_writable(folder)
         finished = resumed = False
         if (folder / CARD).exists():
-            finished = Card.load(folder).fingerprint == fingerprint
+            made = Card.load(folder)
+            finished = made.fingerprint == fingerprint
+            if finished and not overwrite and (changed := made.changed_file(folder)) is not None:
+                raise DanluError(
+                    f"{folder / changed}: is missing or was changed since it was made; make it again with --overwrite"
+                )
+            finished = finished and made.changed_file(folder) is None
         elif (folder / RUN).exists():
             marker = files.read_json(folder / RUN)
             resumed = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
