@@ -131,7 +131,7 @@ def key_figures(card: Card, lineage: list[Artifact], evaluations: list[Evaluatio
 def _shape(card: Card) -> str:
     shape = card.details.get("model_config", {})
     layers, dim = shape.get("n_layers"), shape.get("dim")
-    return f"{layers} layers, {dim} wide" if layers and dim else ""
+    return f"{layers} layer{'s'[: layers > 1]}, {dim} wide" if layers and dim else ""
 
 
 @dataclass

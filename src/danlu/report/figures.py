@@ -84,7 +84,15 @@ def _line(points: Sequence[tuple[float, float]], key: str, end: float) -> Markup
         figure.subplots_adjust(left=0.09, right=0.965, top=0.96, bottom=0.13)
         axes = figure.add_subplot()
         marker = "o" if len(kept) < 25 else ""
-        axes.plot([x for x, _ in kept], [y for _, y in kept], color=_LINE, linewidth=1.5, marker=marker, markersize=3)
+        axes.plot(
+            [x for x, _ in kept],
+            [y for _, y in kept],
+            color=_LINE,
+            linewidth=1.5,
+            marker=marker,
+            markersize=3,
+            clip_on=False,
+        )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_RULE)
         axes.tick_params(colors=_TEXT, length=0, pad=4)
