@@ -121,7 +121,7 @@ def test_documents_are_independent_and_every_byte_counts_once(model: CausalLM, c
 
 def test_batches_and_logit_chunks_change_nothing(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = bits_per_byte(model, TOKENIZER, TEXTS).nats
-    monkeypatch.setattr(module, "BATCH_TOKENS", {"cpu": 40})
+    monkeypatch.setattr(module, "BATCH_TOKENS_CPU", 40)
     monkeypatch.setattr(module, "LOGITS", 3 * 513)
     monkeypatch.setattr(module, "POOL", 3)
     assert bits_per_byte(model, TOKENIZER, TEXTS).nats == pytest.approx(expected, rel=1e-6)

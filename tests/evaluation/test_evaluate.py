@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,20 +150,3 @@ def test_what_cannot_be_measured_is_told_and_leaves_nothing(config: EvaluateConf
         assert not (config.out / CARD).exists()
         assert not (config.out / RUN).exists()
     evaluate(replace(config, tasks=("compressors",)))  # the folder is still free
-
-
-def test_the_command_prints_a_table(config: EvaluateConfig) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "danlu",
-        "evaluate",
-        config.model,
-        "--data",
-        config.data,
-        "--tasks",
-        "bits_per_byte",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "bits per held-out byte" in done.stdout

@@ -27,10 +27,8 @@ from danlu.models.causal_lm import CausalLM
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
 
-BATCH_TOKENS = {
-    "cpu": 2048,
-    "cuda": 65536,
-}  # in one forward pass; a CPU is a fifth faster when activations stay in its cache
+BATCH_TOKENS = 65536  # tokens in one forward pass
+BATCH_TOKENS_CPU = 2048  # a fifth faster than 8192: activations stay in the cache
 LOGITS = 1 << 25  # logits held at once: 128 MB in fp32
 POOL = 512  # windows that are sorted by length before they are cut into batches, so that little is padded
 
@@ -93,7 +91,7 @@ def bits_per_byte(
                 yield from windows_of(torch.tensor([tokenizer.bos_id, *tokenizer.encode(text)]), context, stride)
 
     nats = 0.0
-    for batch in _batches(windows(), BATCH_TOKENS[model.device.type]):
+    for batch in _batches(windows(), BATCH_TOKENS_CPU if model.device.type == "cpu" else BATCH_TOKENS):
         nats += _nats(model, batch)
         scored = sum(window.n_scored for window in batch)
         n_tokens += scored

@@ -45,7 +45,7 @@ class EvaluateConfig:
         "plain: signature and docstring as source code; chat: the same as an instruction; auto: chat for models that "
         "danlu has fine-tuned.",
     )
-    batch_size: int = option(64, "Functions written together.", ge=1)
+    batch_size: int = option(64, "Functions written together.", ge=1, affects_result=False)
     seed: int = option(0, "Seed of the choice of functions and of sampling.", ge=0, lt=2**62)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
