@@ -2,11 +2,11 @@
 
 Two measurements, one JSON line:
 
-- throughput: depth 6, width 384, 512 tokens a row, vocabulary 8,192, batch of 8 x 512: tokens/s and FLOP/s of whole optimizer steps
-  (forward, backward, Muon + AdamW), beside the matmul peak of this machine, measured before and after in the same process. The peer
-  is the same step in plain fp32 without compilation, run in turns (A B A B).
-- bits per byte (with --minutes): a model pre-trained for that long on the standard library's source, on held-out modules, beside xz
-  primed with the training text. This takes --minutes plus about two.
+- throughput: depth 6, width 384, 512 tokens a row, vocabulary 8,192, batch of 8 x 512: tokens/s and FLOP/s of whole
+  optimizer steps (forward, backward, Muon + AdamW), beside the matmul peak of this machine, measured before and after
+  in the same process. The peer is the same step in plain fp32 without compilation, run in turns (A B A B).
+- bits per byte (with --minutes): a model pre-trained for that long on the standard library's source, on held-out
+  modules, beside xz primed with the training text. This takes --minutes plus about two.
 
 Nothing else should run on the machine.
 """
@@ -24,10 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from danlu import hardware
 from danlu.data.packing import DocumentSequences, RowStream
 from danlu.models.causal_lm import CausalLM
 from danlu.models.config import model_config_for
-from danlu.training import hardware
 from danlu.training.config import PretrainConfig
 from danlu.training.loop import Trainer
 from danlu.training.pretrain import default_rates

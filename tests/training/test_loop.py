@@ -304,7 +304,7 @@ def test_compiled_equals_eager(make_config: MakeConfig) -> None:
     compiled = pretrain(make_config("compiled", steps=5, compile="always"))
     for (_, a), (_, b) in zip(eager, losses(compiled), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-    from danlu.training.hardware import has_compiler
+    from danlu.hardware import has_compiler
 
     assert Card.load(compiled).details["compiled"] == has_compiler()
 

@@ -15,10 +15,10 @@ from danlu.engine.generate import generate_text, stream_text
 from danlu.engine.sampling import SamplingParams
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
+from danlu.hardware import DTYPES, pick_device, pick_precision
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model
 from danlu.tokenizer.tokenizer import Tokenizer
-from danlu.training.hardware import DTYPES, pick_device, pick_precision
 
 Message = dict[str, str]
 

@@ -18,9 +18,9 @@ from danlu.evaluation.code import code_metrics, write_functions
 from danlu.evaluation.compressors import compressor_bits_per_byte
 from danlu.evaluation.config import EvaluateConfig
 from danlu.formats.card import Stage, card_if_any
+from danlu.hardware import DTYPES, pick_precision
 from danlu.models.causal_lm import CausalLM
 from danlu.tokenizer.tokenizer import Tokenizer
-from danlu.training.hardware import DTYPES, pick_precision
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -118,12 +118,17 @@ class PretrainConfig(TrainingConfig):
     ffn_dim: int | None = option(None, "Width of the feed-forward layer; default 8/3 of the width.", ge=8)
     rope_base: float | None = option(None, "Base of the rotary frequencies; default 10,000.", gt=1)
     tie_embeddings: bool | None = option(None, "Share the weights of embedding and head; default yes.")
-    context: int = option(1024, "Longest context the model is made for; at least seq_len.", unit="tokens", ge=8)
+    context: int | None = option(
+        None,
+        "Longest context the model is made for; default seq_len, the length it is trained at.",
+        unit="tokens",
+        ge=8,
+    )
 
     def problems(self) -> list[str]:
         """What cannot be right between the options."""
         found = super().problems()
-        if self.context < self.seq_len:
+        if self.context and self.context < self.seq_len:
             found.append(f"context ({self.context}) is shorter than seq_len ({self.seq_len})")
         if self.dim and self.dim % 32:
             found.append(f"dim ({self.dim}) must be a multiple of 32")

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from danlu import config as configs
-from danlu import console, files
+from danlu import console, files, hardware
 from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.objectives.causal_lm import next_token_nll_sum
-from danlu.training import checkpoint, hardware
+from danlu.training import checkpoint
 from danlu.training.config import TrainingConfig
 from danlu.training.metrics import MetricsLog, Numbers
 from danlu.training.optim import build_optimizers

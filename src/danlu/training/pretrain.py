@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig) -> Path:
     shape = model_config_for(
         config.size,
         tokenizer.vocab_size,
-        config.context,
+        config.context or config.seq_len,
         dim=config.dim,
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
@@ -102,7 +102,7 @@ def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0
     width = (shape.dim / 256) ** -0.5
     return {
         "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
-        "embed_lr": config.embed_lr or scale * (0.005 if shape.tie_embeddings else 0.01) * width,
+        "embed_lr": config.embed_lr or scale * 0.015 * width,
         "norm_lr": config.norm_lr or scale * 0.005,
     }
 
