@@ -41,8 +41,7 @@ def build_data(config: DataConfig) -> DataFolder:
 
     Raises:
         DanluError: no document can be read or is left after cleaning; a file is broken (see ``on_error``); the corpus
-        is too
-            small to split; the output folder cannot be written or holds something else.
+            is too small to split; the output folder cannot be written or holds something else.
     """
     config = configs.validate(config)
     on_error = ErrorPolicy(config.on_error)

@@ -254,8 +254,8 @@ class Tokenizer:
 
         Raises:
             DanluError: the tokens of a prompt are not a prefix of the tokens of prompt and answer, so that the model
-            would be
-                trained on other tokens than it meets when it is used. Templates that rewrite earlier turns do this.
+                would be trained on other tokens than it meets when it is used. Templates that rewrite earlier turns do
+                this.
         """
         ids = self.encode_chat(messages, tools=tools)
         if train_on == "all":

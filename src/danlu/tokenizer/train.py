@@ -83,7 +83,9 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         for split in data.splits()
     }
     sizes = tokenizer.token_bytes()
-    longest = sorted(range(tokenizer.vocab_size), key=lambda i: (-int(sizes[i]), i))[:40]
+    # Of code, the longest tokens of all are indentation; those with letters tell what the text is about.
+    words = [i for i in range(tokenizer.vocab_size) if any(c.isalnum() for c in tokenizer.decode([i]))]
+    longest = sorted((i for i in words if sizes[i]), key=lambda i: (-int(sizes[i]), i))[:40]
     stage.finish(
         metrics={
             "vocab_size": tokenizer.vocab_size,

@@ -117,7 +117,7 @@ class PretrainConfig(TrainingConfig):
     head_dim: int | None = option(None, "Width of a head; default 64.", ge=8, le=256)
     ffn_dim: int | None = option(None, "Width of the feed-forward layer; default 8/3 of the width.", ge=8)
     rope_base: float | None = option(None, "Base of the rotary frequencies; default 10,000.", gt=1)
-    tie_embeddings: bool | None = option(None, "Share the weights of embedding and head; default yes.")
+    tie_embeddings: bool = option(True, "Share the weights of embedding and head.")
     context: int | None = option(
         None,
         "Longest context the model is made for; default seq_len, the length it is trained at.",

@@ -116,7 +116,7 @@ class Trainer:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint has been saved.
             DanluError: too many skipped steps, or the disk is full.
         """
-        config, progress, out = self.config, self.progress, self.config.out
+        config, out = self.config, self.config.out
         if config.steps != 0:
             files.require_space(out, 16 * self.model.num_parameters() * (config.keep_checkpoints + 1), "checkpoints")
             self.peak = hardware.matmul_peak(self.dtype, self.device)
@@ -128,6 +128,7 @@ class Trainer:
             self.total_steps = self._plan_steps()
             files.write_json(plan_file, {"steps": self.total_steps})
         self._resume()
+        progress = self.progress
         heldout_every = config.heldout_every or max(1, self.total_steps // 10)
         flops_per_token = self.model.estimate_flops(config.seq_len)
         bits_per_byte: float | None = None
@@ -322,7 +323,7 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self.rows.restore(position)
-        self.progress = self.progress.__class__()
+        self.progress = Progress()
         step_seconds = statistics.median(times[1:])
         measuring = 0.0
         if self.held_out is not None:

@@ -93,7 +93,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def default_batch_tokens(shape: ModelConfig) -> int:
     """Tokens per step: small models learn most from many small steps (tuned at two sizes, see docs/log.md)."""
-    return 8_192 if shape.dim <= 512 else 32_768 if shape.dim <= 1024 else 131_072
+    sizes = {256: 4_096, 512: 8_192, 1024: 32_768}
+    return next((tokens for width, tokens in sizes.items() if shape.dim <= width), 131_072)
 
 
 def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0) -> dict[str, float]:
@@ -102,7 +103,7 @@ def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0
     width = (shape.dim / 256) ** -0.5
     return {
         "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
-        "embed_lr": config.embed_lr or scale * 0.015 * width,
+        "embed_lr": config.embed_lr or scale * 0.04 * width,
         "norm_lr": config.norm_lr or scale * 0.005,
     }
 
