@@ -191,6 +191,14 @@ def test_repeated_lines_go_and_what_is_then_empty_too(tmp_path: Path) -> None:
     assert len([d for d in both(kept) if footer in d.text]) == 51
 
 
+def test_the_lines_of_a_document_with_many_copies_are_not_boilerplate(tmp_path: Path) -> None:
+    corpus = fill(tmp_path / "corpus", 20)
+    for i in range(40):
+        (corpus / f"copy{i}.txt").write_text(prose(999) + f"copy {i}\n")
+    data = build(tmp_path / "out", corpus)
+    assert [d.text for d in both(data) if "copy" in d.path] == [prose(999) + "copy 0\n"]
+
+
 def test_chats_are_cleaned_and_deduplicated_by_what_is_said(tmp_path: Path) -> None:
     def row(i: int, ask: str = "Tell") -> str:
         turns = [{"role": "user", "content": f"{ask} {prose(i, 40)}"}, {"role": "assistant", "content": prose(i + 500)}]

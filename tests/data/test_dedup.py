@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from danlu.data.dedup import Deduplicator, Duplicates, UnionFind
@@ -134,6 +134,7 @@ def reference_shingles(text: str) -> set[tuple[str, ...]]:
 chars = st.sampled_from("aAbZé9_ .,-\n\t你好世界のカ")
 
 
+@example("の9のの", "")  # the order of words counts
 @given(st.text(chars, max_size=60), st.text(chars, max_size=60))
 def test_shingles_are_word_trigrams(left: str, right: str) -> None:
     a, b = reference_shingles(left), reference_shingles(right)
@@ -151,7 +152,7 @@ def test_shingles_of_a_long_text_do_not_depend_on_its_slices(monkeypatch: pytest
 
 def test_shingles_do_not_change_between_runs() -> None:
     """Signatures may be kept: their values are part of the format."""
-    golden = [1504345417, 2936651366, 3703749810, 4034795619]
+    golden = [176485894, 1477535627, 1830118938, 4162529354]
     assert shingles("The quick brown fox. 你好").tolist() == golden
 
 

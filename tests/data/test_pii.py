@@ -110,6 +110,9 @@ def test_lengths_and_blocks() -> None:
     assert iban_valid("NO9386011117947")
     assert not iban_valid("NO93860111179470")
     assert not iban_valid("ZZ9386011117947")
+    longer = [f"NO{check:02}860111179470" for check in range(2, 99)]
+    assert any(int(f"860111179470{int('N', 36)}{int('O', 36)}{iban[2:4]}") % 97 == 1 for iban in longer)
+    assert not any(map(iban_valid, longer))
     assert ssn_valid("219-09-9998")
     assert not ssn_valid("078-05-1120")
 

@@ -8,28 +8,32 @@ from collections.abc import Iterable
 
 import numpy as np
 
-_BANNER = re.compile(
+_BANNER_START = re.compile(
     "|".join(
         (
             r"(?:we|(?:this|our) (?:web)?site) uses? (?:\w+ )?cookies",
-            r"(?:accept|reject|allow|manage) (?:all )?cookies?|cookie (?:policy|settings|preferences)$",
-            r"^(?:skip|jump) to (?:main )?(?:content|navigation|search)",
-            r"^(?:back|return|go|scroll) to (?:the )?(?:top|home(?:page)?)\b",
-            r"all rights reserved\.?$|^(?:©|\(c\)|copyright\b).{0,80}\b(?:19|20)\d\d\b",
-            r"^(?:terms of (?:use|service)|privacy policy)\b.{0,40}$",
-            r"^(?:sign|log) (?:in|up|out)(?: (?:to|for|with) .{0,40})?$",
-            r"^subscribe (?:to our|now|today)\b|^(?:follow|like) us on\b|^share (?:this|on)\b.{0,40}$",
-            r"^(?:please )?(?:enable|turn on) (?:javascript|cookies)\b",
-            r"^(?:previous|next) (?:article|page|post)s?$",
-            r"^(?:home|menu|search|login|register|share|print|advertisement)$",
-            r"^(?:home|首页) ?(?:[|>»·/] ?[^\s|>»·/]+ ?){2,}$",
-            r"版权所有|版权声明|ICP备\d+号|公网安备|接受(?:所有|全部) ?cookie",
-            r"^(?:返回|回到)(?:顶部|首页)|^(?:上一篇|下一篇|上一页|下一页)\b",
-            r"^(?:分享到|扫一扫|关注我们|责任编辑)[：:]?.{0,20}$",
+            r"(?:skip|jump) to (?:main )?(?:content|navigation|search)",
+            r"(?:back|return|go|scroll) to (?:the )?(?:top|home(?:page)?)\b",
+            r"(?:©|\(c\)|copyright\b).{0,80}\b(?:19|20)\d\d\b",
+            r"(?:terms of (?:use|service)|privacy policy)\b.{0,40}$",
+            r"(?:sign|log) (?:in|up|out)(?: (?:to|for|with) .{0,40})?$",
+            r"subscribe (?:to our|now|today)\b|(?:follow|like) us on\b|share (?:this|on)\b.{0,40}$",
+            r"(?:please )?(?:enable|turn on) (?:javascript|cookies)\b",
+            r"(?:previous|next) (?:article|page|post)s?$",
+            r"(?:home|menu|search|login|register|share|print|advertisement)$",
+            r"(?:home|首页) ?(?:[|>»·/] ?[^\s|>»·/]+ ?){2,}$",
+            r"(?:返回|回到)(?:顶部|首页)|(?:上一篇|下一篇|上一页|下一页)\b",
+            r"(?:分享到|扫一扫|关注我们|责任编辑)[：:]?.{0,20}$",
         )
     ),
     re.IGNORECASE,
 )
+_BANNER_WITHIN = re.compile(
+    r"(?:accept|reject|allow|manage) (?:all )?cookies?|cookie (?:policy|settings|preferences)$|all rights reserved\.?$"
+    r"|版权所有|版权声明|ICP备\d+号|公网安备|接受(?:所有|全部) ?cookie",
+    re.IGNORECASE,
+)
+_BANNER_HINTS = ("cookie", "rights reserved", "版权", "备", "接受")  # one of them is in whatever _BANNER_WITHIN finds
 _BANNER_MAX_CHARS = 160
 """A longer line is a sentence that speaks of cookies or copyright."""
 
@@ -44,7 +48,14 @@ _KEEP_ON_TOP = re.compile(r"#!|#.*?coding[:=]|<\?(?:xml|php)")
 
 def strip_banner_lines(text: str) -> str:
     """Prose without cookie banners, navigation and copyright lines."""
-    kept = [line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not _BANNER.search(line.strip())]
+    lowered = text.lower()
+    look_within = any(hint in lowered for hint in _BANNER_HINTS)
+
+    def is_banner(line: str) -> bool:
+        line = line.strip()
+        return bool(_BANNER_START.match(line) or (look_within and _BANNER_WITHIN.search(line)))
+
+    kept = [line for line in text.split("\n") if len(line) > _BANNER_MAX_CHARS or not is_banner(line)]
     return "\n".join(kept)
 
 

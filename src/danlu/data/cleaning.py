@@ -63,6 +63,8 @@ _BIDI = "\u202a-\u202e\u2066-\u2069"  # can show code that is not the code (CVE-
 _CONTROL_PROSE = re.compile(rf"[\x00-\x08\x0e-\x1f\x7f-\x9f{_INVISIBLE}{_BIDI}]")
 _CONTROL_CODE = re.compile(rf"[\x00\ufeff{_BIDI}]")
 _BREAKS_PROSE = re.compile("\r\n?|[\x0b\x0c\u2028\u2029]")
+_ALPHANUMERIC = r"[^\W_]"
+_ENOUGH_ALPHANUMERIC = re.compile(rf"(?:[\W_]*{_ALPHANUMERIC}){{{MIN_ALPHANUMERIC}}}")
 _BREAKS_CODE = re.compile("\r\n?")
 
 
@@ -110,11 +112,9 @@ def strip_boilerplate(text: str, type: TextType, limits: Limits) -> str:
 
 def remove_near_empty(text: str, type: TextType, limits: Limits) -> str | Removed:
     """Hardly a letter or digit."""
-    for part in (text[:1000], text):
-        found = len(re.findall(r"[^\W_]", part))
-        if found >= MIN_ALPHANUMERIC:
-            return text
-    return Removed(f"{found} letters and digits (at least {MIN_ALPHANUMERIC})")
+    if _ENOUGH_ALPHANUMERIC.match(text):
+        return text
+    return Removed(f"{len(re.findall(_ALPHANUMERIC, text))} letters and digits (at least {MIN_ALPHANUMERIC})")
 
 
 def remove_by_length(text: str, type: TextType, limits: Limits) -> str | Removed:
@@ -147,7 +147,7 @@ def remove_symbols(text: str, type: TextType, limits: Limits) -> str | Removed:
         share = text.count(symbol) / len(words)
         if share > MAX_SYMBOLS_PER_WORD:
             return Removed(f"{share:.2f} {symbol!r} per word (at most {MAX_SYMBOLS_PER_WORD})")
-    share = sum(1 for word in words if not word.isdigit()) / len(words)
+    share = 1 - sum(map(str.isdigit, words)) / len(words)
     if share < MIN_WORDS_WITH_LETTERS:
         return Removed(f"{share:.0%} of the words have letters (at least {MIN_WORDS_WITH_LETTERS:.0%})")
     lines = [line.strip() for line in text.split("\n") if line.strip()]

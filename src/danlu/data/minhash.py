@@ -23,6 +23,8 @@ _BLOCK = 4096  # shingles hashed together: 128 x 4096 x 4 bytes stay in the seco
 
 _LONGEST_WORD = 256  # characters behind it all weigh the same
 
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
+
 _SPACE, _WORD, _SINGLE = 0, 1, 2
 _SCRIPTS_WITHOUT_SPACES = (
     (0x0E00, 0x0EFF),
@@ -96,13 +98,13 @@ def _shingles_of_slice(text: str) -> NDArray[np.uint32]:
     n = min(SHINGLE_WORDS, len(words))
     grams = words[: len(words) - n + 1]
     for offset in range(1, n):
-        grams = _mix(grams + words[offset : len(words) - n + 1 + offset])
+        grams = _mix(grams * _ODD + words[offset : len(words) - n + 1 + offset])  # times: the order of words counts
     return (grams >> np.uint64(32)).astype(np.uint32)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele et al. 2014): every bit of the input changes half of the output's."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = values + _ODD
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -110,7 +112,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @functools.cache
 def _powers() -> NDArray[np.uint64]:
-    return np.cumprod(np.full(_LONGEST_WORD, 0x9E3779B97F4A7C15, np.uint64), dtype=np.uint64)
+    return np.cumprod(np.full(_LONGEST_WORD, _ODD, np.uint64), dtype=np.uint64)
 
 
 @functools.cache

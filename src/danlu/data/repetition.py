@@ -52,11 +52,12 @@ def too_repetitive(text: str) -> str | None:
         _, ranks = np.unique(ranks[:-1] * (len(vocabulary) + 1) + ids[n - 1 :], return_inverse=True)
         if n in TOP_NGRAM_CHARS and (share := top_ngram_share(ranks, lengths, n)) > TOP_NGRAM_CHARS[n]:
             return f"one {n}-gram makes up {share:.0%} of the characters (limit {TOP_NGRAM_CHARS[n]:.0%})"
-        if (
-            n in DUPLICATE_NGRAM_CHARS
-            and (share := duplicate_ngram_share(ranks, lengths, n)) > DUPLICATE_NGRAM_CHARS[n]
-        ):
-            return f"{share:.0%} of the characters are in repeated {n}-grams (limit {DUPLICATE_NGRAM_CHARS[n]:.0%})"
+        if n in DUPLICATE_NGRAM_CHARS:
+            share, limit = duplicate_ngram_share(ranks, lengths, n), DUPLICATE_NGRAM_CHARS[n]
+            if share > limit:
+                return f"{share:.0%} of the characters are in repeated {n}-grams (limit {limit:.0%})"
+            if share <= min(DUPLICATE_NGRAM_CHARS.values()):
+                return None  # what is in a repeated (n+1)-gram is in a repeated n-gram: the share can only fall
     return None
 
 
