@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 _LAZY = {path.partition(":")[2]: path for verb in VERBS for path in (verb.config, verb.run)}
 
-__all__ = ["DanluError", "__version__", *sorted(_LAZY)]  # noqa: PLE0604
+__all__ = ["DanluError", "__version__", *sorted(_LAZY)]
 
 if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type checkers and editors
     from danlu.data.build import build_data as build_data

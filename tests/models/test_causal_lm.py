@@ -20,8 +20,8 @@ from danlu.tokenizer.train import train_on
 
 VOCAB = 320
 CONFIGS = {
-    "grouped-query, tied": model_config_for(2, VOCAB, context=64),
-    "multi-head, untied": model_config_for(2, VOCAB, context=64, n_kv_heads=2, tie_embeddings=False),
+    "grouped-query, tied": model_config_for(2, VOCAB, context=64, tie_embeddings=True),
+    "multi-head, untied": model_config_for(2, VOCAB, context=64, n_kv_heads=2),
     "narrow heads, other base": model_config_for(
         3, VOCAB, context=64, dim=96, n_heads=6, n_kv_heads=2, rope_base=50_000
     ),

@@ -76,6 +76,7 @@ def test_every_weight_has_exactly_one_optimizer() -> None:
                 optimizer=name,
                 matrix_lr=0.02,
                 embed_lr=0.01,
+                head_lr=0.01,
                 norm_lr=0.01,
                 weight_decay=0.0,
                 muon_dtype=torch.float32,

@@ -19,7 +19,7 @@ class ModelConfig:
     context: int = 1024
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
 
     def problems(self) -> list[str]:
         """What is impossible about this shape."""
@@ -55,5 +55,5 @@ def model_config_for(
         ffn_dim=ffn_dim,
         context=context,
         rope_base=float(given.get("rope_base", 10_000.0)),
-        tie_embeddings=bool(given.get("tie_embeddings", True)),
+        tie_embeddings=bool(given.get("tie_embeddings", False)),
     )

@@ -29,7 +29,13 @@ class QuickstartConfig:
         positional=True,
     )
     vocab_size: int = option(4096, "Size of the vocabulary.", unit="tokens", ge=300)
-    size: int = option(4, "The dial: number of layers; the width is 64 times it.", unit="layers", ge=1, le=128)
+    size: int | None = option(
+        None,
+        "The dial: number of layers; the width is 64 times it. Default 4 where the CPU computes bf16, 3 elsewhere.",
+        unit="layers",
+        ge=1,
+        le=128,
+    )
     pretrain_minutes: float = option(3.0, "Time for pre-training.", unit="minutes", gt=0)
     finetune_minutes: float = option(1.0, "Time for fine-tuning.", unit="minutes", gt=0)
     functions: int = option(64, "Held-out functions that each stage is asked to write.", ge=1)

@@ -7,6 +7,7 @@ finished and goes on with the one that was interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import shlex
@@ -46,6 +47,8 @@ def quickstart(config: QuickstartConfig) -> Made:
     """
     config = configs.validate(config)
     started = time.monotonic()
+    if config.size is None:
+        config = dataclasses.replace(config, size=_fitting_size())
     run_recipe(RunConfig(recipe=RECIPE, overrides=tuple(_as_vars(config))))
     made = Made(config.out / "model", config.out / "report.html")
     lines = [
@@ -61,6 +64,13 @@ def quickstart(config: QuickstartConfig) -> Made:
     ]
     console.out().print("\n".join(lines), markup=False)
     return made
+
+
+def _fitting_size() -> int:
+    """The depth that learns most in three minutes here (docs/log.md): bf16 hardware has the FLOPs for a larger one."""
+    from danlu import hardware
+
+    return 4 if hardware.computes_bf16(hardware.pick_device("auto")) else 3
 
 
 def _as_vars(config: QuickstartConfig) -> list[str]:

@@ -35,8 +35,12 @@ class TrainingConfig:
     matrix_lr: float | None = option(
         None, "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW.", gt=0, le=1
     )
-    embed_lr: float | None = option(
-        None, "Learning rate of embeddings and head; default derived from the width.", gt=0, le=1
+    embed_lr: float | None = option(None, "Learning rate of the embedding; default derived from the width.", gt=0, le=1)
+    head_lr: float | None = option(
+        None,
+        "Learning rate of the head, unless it is tied to the embedding; default derived from the width.",
+        gt=0,
+        le=1,
     )
     norm_lr: float | None = option(None, "Learning rate of norm weights; default 0.005.", gt=0, le=1)
     weight_decay: float = option(0.0, "Weight decay of the matrices at the start; falls linearly to 0.", ge=0, lt=1)
@@ -117,7 +121,7 @@ class PretrainConfig(TrainingConfig):
     head_dim: int | None = option(None, "Width of a head; default 64.", ge=8, le=256)
     ffn_dim: int | None = option(None, "Width of the feed-forward layer; default 8/3 of the width.", ge=8)
     rope_base: float | None = option(None, "Base of the rotary frequencies; default 10,000.", gt=1)
-    tie_embeddings: bool = option(True, "Share the weights of embedding and head.")
+    tie_embeddings: bool = option(False, "Share the weights of embedding and head: smaller, and learns slower.")
     context: int | None = option(
         None,
         "Longest context the model is made for; default seq_len, the length it is trained at.",

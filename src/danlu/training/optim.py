@@ -95,6 +95,7 @@ def build_optimizers(
     optimizer: str,
     matrix_lr: float,
     embed_lr: float,
+    head_lr: float,
     norm_lr: float,
     weight_decay: float,
     muon_dtype: torch.dtype,
@@ -103,11 +104,12 @@ def build_optimizers(
     ``initial_decay``."""
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    embeddings = list({id(p): p for p in (model.embed.weight, model.head.weight)}.values())
     adam_groups = [
-        {"params": embeddings, "lr": embed_lr, "weight_decay": 0.0},
+        {"params": [model.embed.weight], "lr": embed_lr, "weight_decay": 0.0},
         {"params": norms, "lr": norm_lr, "weight_decay": 0.0},
     ]
+    if model.head.weight is not model.embed.weight:
+        adam_groups.append({"params": [model.head.weight], "lr": head_lr, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
         optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=muon_dtype))

@@ -98,12 +98,16 @@ def default_batch_tokens(shape: ModelConfig) -> int:
 
 
 def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0) -> dict[str, float]:
-    """Peak learning rates. Muon's does not depend on the width; the embedding's falls with its square root, as AdamW's
-    should."""
+    """Peak learning rates, tuned at width 256 (docs/log.md).
+
+    Muon's does not depend on the width; those of embedding and head fall with its square root. An embedding of its own
+    starts at standard deviation 1 and takes large steps; one that is also the head starts at 0.02 and cannot.
+    """
     width = (shape.dim / 256) ** -0.5
     return {
         "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
-        "embed_lr": config.embed_lr or scale * 0.04 * width,
+        "embed_lr": config.embed_lr or scale * (0.01 if shape.tie_embeddings else 0.3) * width,
+        "head_lr": config.head_lr or scale * 0.006 * width,
         "norm_lr": config.norm_lr or scale * 0.005,
     }
 
