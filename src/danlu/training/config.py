@@ -71,7 +71,7 @@ class TrainingConfig:
         0, "Steps between held-out measurements; 0: ten in a run.", unit="steps", ge=0, affects_result=False
     )
     heldout_tokens: int = option(
-        32_768, "Held-out tokens measured during training.", unit="tokens", ge=0, affects_result=False
+        8_192, "Held-out tokens measured during training.", unit="tokens", ge=0, affects_result=False
     )
     checkpoint_every: int = option(100, "Steps between checkpoints.", unit="steps", ge=1, affects_result=False)
     keep_checkpoints: int = option(

@@ -36,7 +36,7 @@ from danlu.training.schedule import learning_rate_share, muon_momentum
 COMPILE_PAYS_AFTER_MINUTES = 4.0
 """torch.compile takes about half a minute on two cores; on a shorter run it costs more than it saves."""
 
-PLAN = "plan.json"
+PLAN = "checkpoints/plan.json"
 """Length of the run in steps, written down before the first one."""
 
 
@@ -133,7 +133,8 @@ class Trainer:
         flops_per_token = self.model.estimate_flops(config.seq_len)
         bits_per_byte: float | None = None
         loss = math.nan
-        console.note(self._describe())
+        if self.total_steps:
+            console.note(self._describe())
 
         with (
             MetricsLog(out, log_to=config.log_to, resume_step=progress.step, config=configs.to_dict(config)) as log,
@@ -399,7 +400,6 @@ class Trainer:
     def clean_up(self) -> None:
         """Delete what only an unfinished run needs; call it when the model folder is whole."""
         shutil.rmtree(self.config.out / checkpoint.FOLDER, ignore_errors=True)
-        (self.config.out / PLAN).unlink(missing_ok=True)
 
     def details(self) -> dict[str, Any]:
         """How the run was done, for the card."""
