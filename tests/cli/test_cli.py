@@ -282,7 +282,11 @@ def test_a_real_interrupt(tmp_path: Path) -> None:
         "sys.argv = ['danlu', 'wait', 'x']; cli.main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "waiting\n"

@@ -128,7 +128,13 @@ def test_chat_is_many_turns_through_the_template(model_folder: Path) -> None:
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(model_folder: Path) -> None:
     command = [sys.executable, "-m", "danlu", "chat", str(model_folder), "--max-new-tokens", "4000", *GREEDY]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"hello\n")

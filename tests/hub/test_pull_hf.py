@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeHub
+from fake_hub import FakeHub
 
 from danlu.formats.card import Card
 
@@ -229,6 +229,11 @@ def test_an_output_folder_has_its_own_files_and_a_card(hub: FakeHub, pull_comman
     (out / "config.json").write_bytes(b"edited")
     cache = pulled(pull_command("hf:org/model"))
     assert (cache / "config.json").read_bytes() == MODEL["config.json"]
+    # A file the user has edited is not taken for the original, and not thrown away unasked.
+    code, _, err = pull_command("hf:org/model", "--out", str(out))
+    assert code == 2
+    assert "config.json: is missing or was changed" in err
+    (out / "config.json").write_bytes(MODEL["config.json"])
     # The same again is done already; the moved branch is another result.
     assert "already holds this" in pull_command("hf:org/model", "--out", str(out))[2]
     hub.add("org/model", {**MODEL, "config.json": b"{}"})

@@ -344,7 +344,10 @@ def test_impossible_options_are_told_together(make_config: MakeConfig) -> None:
 def test_bad_runs_leave_nothing_behind(make_config: MakeConfig, workbench, tmp_path: Path) -> None:
     with pytest.raises(DanluError, match="fewer than one batch"):
         pretrain(make_config("huge", batch_tokens=64_000_000))
-    assert not (tmp_path / "huge" / "model.safetensors").exists()
+    assert not (tmp_path / "huge").exists()
+    with pytest.raises(DanluError, match="multiple of n_kv_heads"):
+        pretrain(make_config("shape", dim=96, n_kv_heads=2, head_dim=32))
+    assert not (tmp_path / "shape").exists()
     out = pretrain(make_config("mine"))
     with pytest.raises(DanluError, match="holds another run"):
         pretrain(make_config("mine", seed=5))

@@ -48,14 +48,13 @@ def build_data(config: DataConfig) -> DataFolder:
     sources = find_sources(config.corpus, config.include, config.exclude, on_error)
     n_bytes = sum(_size(file) for source in sources for file in source.files)
     files.require_space(config.out, 2 * n_bytes, "building")
-    made_here = not config.out.exists()
     stage = Stage.open(
         config.out, kind="data", verb=VERB, config=config, inputs=_inputs(sources), overwrite=config.overwrite
     )
     if stage.finished:
         console.note(f"{config.out} is up to date")
         return DataFolder(config.out)
-    with _nothing_left_behind(stage, made_here), Spool(config.out) as spool:
+    with _nothing_left_behind(stage), Spool(config.out) as spool:
         metrics, details = _fill(config, stage, sources, n_bytes, spool, on_error)
         stage.finish(metrics, details)
     train, heldout = (
@@ -67,7 +66,7 @@ def build_data(config: DataConfig) -> DataFolder:
 
 
 @contextlib.contextmanager
-def _nothing_left_behind(stage: Stage, made_here: bool) -> Iterator[None]:
+def _nothing_left_behind(stage: Stage) -> Iterator[None]:
     """On any error, and before a run that was killed once is made again, drop the shards; on errors also let go of
     the folder.
     """
@@ -82,9 +81,6 @@ def _nothing_left_behind(stage: Stage, made_here: bool) -> Iterator[None]:
     except BaseException as error:
         drop_shards()
         stage.abandon()
-        if made_here:
-            with contextlib.suppress(OSError):
-                stage.out.rmdir()
         if isinstance(error, OSError):
             raise files.as_user_error(error, stage.out) from error
         raise

@@ -8,12 +8,13 @@ resumed. A folder whose card has the same fingerprint (same verb, same config, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -152,6 +153,8 @@ class Stage:
     """The folder already holds this very result: return it, do nothing."""
     resumed: bool
     """The folder holds an interrupted run of this very stage."""
+    created: bool = False
+    """The folder did not exist before."""
     _started: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -182,6 +185,7 @@ class Stage:
         found_inputs = [i if isinstance(i, Input) else input_of(role, i) for role, i in (inputs or {}).items()]
         fingerprint = configs.fingerprint(config, verb, *(f"{i.role}={i.fingerprint}" for i in found_inputs))
         card = Card(kind, verb, fingerprint, configs.to_dict(config), found_inputs)
+        created = not folder.exists()
         files.require_writable(folder)
         finished = resumed = False
         if (folder / CARD).exists():
@@ -209,7 +213,7 @@ class Stage:
                 )
             for member in folder.iterdir():
                 shutil.rmtree(member) if member.is_dir() and not member.is_symlink() else member.unlink()
-        stage = cls(folder, card, finished, resumed)
+        stage = cls(folder, card, finished, resumed, created)
         if finished:
             stage.card = Card.load(folder)
         elif not resumed:
@@ -235,3 +239,16 @@ class Stage:
     def abandon(self) -> None:
         """Let go of the folder after a mistake found before anything was written; the mended command can have it."""
         (self.out / RUN).unlink(missing_ok=True)
+        if self.created:
+            with contextlib.suppress(OSError):  # it holds something after all
+                self.out.rmdir()
+
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the checks before the work: a mistake found there lets go of the folder, unless a run waits in it."""
+        try:
+            yield
+        except DanluError:
+            if not self.resumed:
+                self.abandon()
+            raise

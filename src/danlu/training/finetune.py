@@ -59,7 +59,8 @@ def finetune(config: FinetuneConfig) -> Path:
         console.note(f"{config.out}: already made, nothing to do")
         return config.out
 
-    train, held_out = _examples(config, tokenizer)
+    with stage.preparing():
+        train, held_out = _examples(config, tokenizer)
     rows = RowStream(MaskedSequences(train), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id)
     trainer = Trainer(
         config, model, rows,

@@ -9,10 +9,10 @@ import torch
 
 from danlu import console
 from danlu.config import validate
-from danlu.data.folder import DataFolder
+from danlu.data.folder import DataFolder, Split
 from danlu.data.packing import DocumentSequences, RowStream
 from danlu.data.tokens import tokenize
-from danlu.errors import DanluError
+from danlu.errors import DanluError, Problems
 from danlu.formats.card import Stage
 from danlu.models.causal_lm import CausalLM
 from danlu.models.config import ModelConfig, model_config_for
@@ -59,28 +59,25 @@ def pretrain(config: PretrainConfig) -> Path:
         rope_base=config.rope_base,
         tie_embeddings=config.tie_embeddings,
     )
+    batch_tokens = config.batch_tokens or default_batch_tokens(shape)
+    with stage.preparing():
+        if problems := shape.problems():
+            raise Problems("the model cannot have this shape:", problems)
+        rows = _rows(data, "train", tokenizer, config)
+        n_tokens = int(rows.sequences.lengths.sum())
+        if n_tokens < batch_tokens and config.steps != 0:
+            raise DanluError(
+                f"{config.data}: has {n_tokens:,} training tokens, fewer than one batch of {batch_tokens:,}; "
+                "add data, or lower batch_tokens"
+            )
+        held_out = _held_out_rows(data, tokenizer, config)
     model = CausalLM(shape)
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    batch_tokens = config.batch_tokens or default_batch_tokens(shape)
-
-    train = tokenize(data, "train", tokenizer)
-    rows = RowStream(
-        DocumentSequences(train.ids, train.offsets, tokenizer.bos_id),
-        config.seq_len,
-        seed=config.seed,
-        pad_id=tokenizer.pad_id,
-    )
-    n_tokens = int(rows.sequences.lengths.sum())
-    if n_tokens < batch_tokens and config.steps != 0:
-        raise DanluError(
-            f"{config.data}: has {n_tokens:,} training tokens, fewer than one batch of {batch_tokens:,}; "
-            "add data, or lower batch_tokens"
-        )
     if config.steps is None and config.minutes is None and config.epochs is None:
         config = dataclasses.replace(config, steps=max(1, 20 * model.num_parameters() // batch_tokens))
     trainer = Trainer(
         config, model, rows,
-        held_out=held_out_rows(data, tokenizer, config),
+        held_out=held_out,
         rates=default_rates(config, shape),
         batch_tokens=batch_tokens,
     )  # fmt: skip
@@ -92,7 +89,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 
 def default_batch_tokens(shape: ModelConfig) -> int:
-    """Tokens per step: small models learn most from many small steps (tuned at two sizes, see docs/log.md)."""
+    """Tokens per step: a small model on a short run learns more from many small steps than from few large ones."""
     sizes = {256: 4_096, 512: 8_192, 1024: 32_768}
     return next((tokens for width, tokens in sizes.items() if shape.dim <= width), 131_072)
 
@@ -112,16 +109,16 @@ def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0
     }
 
 
-def held_out_rows(data: DataFolder, tokenizer: Tokenizer, config: TrainingConfig) -> HeldOut | None:
+def _held_out_rows(data: DataFolder, tokenizer: Tokenizer, config: TrainingConfig) -> HeldOut | None:
     """The held-out rows that are measured while training; None when the data has none."""
     if not config.heldout_tokens or "heldout" not in data.splits():
         return None
-    tokens = tokenize(data, "heldout", tokenizer)
-    rows = RowStream(
-        DocumentSequences(tokens.ids, tokens.offsets, tokenizer.bos_id),
-        config.seq_len,
-        seed=config.seed,
-        pad_id=tokenizer.pad_id,
-    )
+    rows = _rows(data, "heldout", tokenizer, config)
     batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
     return HeldOut(batch, torch.from_numpy(tokenizer.token_bytes()).long())
+
+
+def _rows(data: DataFolder, split: Split, tokenizer: Tokenizer, config: TrainingConfig) -> RowStream:
+    tokens = tokenize(data, split, tokenizer)
+    sequences = DocumentSequences(tokens.ids, tokens.offsets, tokenizer.bos_id)
+    return RowStream(sequences, config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id)
