@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -242,8 +243,8 @@ def _coerce(value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     if hint is Path:
-        if isinstance(value, Path):
-            return value
+        if isinstance(value, os.PathLike):  # a Path, or the data folder another verb returned
+            return Path(value)
         if isinstance(value, str) and value and "\0" not in value:
             return Path(value).expanduser()
         raise ValueError(f"{value!r} is not a path")

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from danlu.config import load
 from danlu.data import folder as folders
 from danlu.data.folder import DataFolder, Document, ShardWriter
 from danlu.errors import DanluError
 from danlu.formats.card import Stage
+from danlu.tokenizer.config import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,9 @@ def test_a_folder_of_another_kind_is_told(tmp_path: Path) -> None:
     Stage.open(tmp_path / "m", kind="model", verb="test", config=NoConfig()).finish()
     with pytest.raises(DanluError, match="is a model folder"):
         DataFolder(tmp_path / "m")
+
+
+def test_it_stands_for_its_path_in_the_config_of_the_next_verb(tmp_path: Path) -> None:
+    make(tmp_path / "data", [Document("a", "text")])
+    config = load(TokenizerConfig, values={"data": DataFolder(tmp_path / "data"), "out": tmp_path / "tokenizer"})
+    assert config.data == tmp_path / "data"

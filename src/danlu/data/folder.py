@@ -79,6 +79,9 @@ class DataFolder:
                     f"{shard}: is missing or was changed since it was made; delete the folder and build it again"
                 )
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
     @property
     def fingerprint(self) -> str:
         """Changes when, and only when, the documents may have changed."""
