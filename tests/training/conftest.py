@@ -37,6 +37,7 @@ class Workbench:
             "log_to": (),
             "compile": "never",
             "device": "cpu",
+            "precision": "fp32",  # the oracles are exact; bf16 hardware would pick its own
             "heldout_tokens": 1024,
         }
         return PretrainConfig(**{**values, **changes})  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def make(base: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
         data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         values: dict[str, Any] = {
             "model": base, "data": data, "out": tmp_path / name, "seq_len": 64, "batch_tokens": 256, "steps": 4,
-            "log_to": (), "compile": "never", "device": "cpu", "heldout_share": 0.0,
+            "log_to": (), "compile": "never", "device": "cpu", "precision": "fp32", "heldout_share": 0.0,
         }  # fmt: skip
         return FinetuneConfig(**{**values, **changes})
 

@@ -97,7 +97,8 @@ class Trainer:
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.rows_per_step = max(1, batch_tokens // config.seq_len)
         self.micro_rows = max(1, (config.micro_batch_tokens or self._default_micro_tokens()) // config.seq_len)
-        muon_dtype = torch.bfloat16 if hardware.computes_bf16(self.device) else torch.float32
+        half = self.precision != "fp32" and hardware.computes_bf16(self.device)
+        muon_dtype = torch.bfloat16 if half else torch.float32
         self.optimizers = build_optimizers(
             model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, **rates
         )
