@@ -35,8 +35,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        fsync_file(temporary)
         os.replace(temporary, target)
         fsync_folder(target.parent)
     except OSError as error:
@@ -78,6 +77,12 @@ def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_file(path: str | Path) -> None:
+    """Make the content of a file survive a power cut."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_folder(folder: str | Path) -> None:

@@ -72,12 +72,11 @@ class DataFolder:
         self.card = Card.load(self.path)
         if self.card.kind != "data":
             raise DanluError(f"{path}: is a {self.card.kind} folder; expected a data folder made by `danlu data build`")
-        for name, recorded in self.card.files.items():
-            shard = self.path / name
-            if not shard.is_file() or shard.stat().st_size != recorded["bytes"]:
-                raise DanluError(
-                    f"{shard}: is missing or was changed since it was made; delete the folder and build it again"
-                )
+        if (changed := self.card.changed_file(self.path)) is not None:
+            raise DanluError(
+                f"{self.path / changed}: is missing or was changed since it was made; "
+                "delete the folder and build it again"
+            )
 
     def __fspath__(self) -> str:
         return str(self.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ from danlu.config import validate
 from danlu.data.folder import DataFolder
 from danlu.engine.config import SamplingParams
 from danlu.engine.verbs import open_model
-from danlu.errors import DanluError
 from danlu.evaluation.bits_per_byte import bits_per_byte
 from danlu.evaluation.code import code_metrics, write_functions
 from danlu.evaluation.compressors import compressor_bits_per_byte
@@ -49,12 +49,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             console.note(f"{config.out}: already measured, nothing to do")
             _print(stage.card.metrics)
             return stage.card.metrics
-    try:
+    with stage.preparing() if stage is not None else contextlib.nullcontext():
         metrics, details = _measure(config, data, model, tokenizer)
-    except DanluError:
-        if stage is not None:
-            stage.abandon()
-        raise
     if stage is not None:
         stage.finish(metrics, {**details, "precision": precision, "device": str(model.device)})
     _print(metrics)

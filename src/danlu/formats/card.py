@@ -190,12 +190,12 @@ class Stage:
         finished = resumed = False
         if (folder / CARD).exists():
             made = Card.load(folder)
-            finished = made.fingerprint == fingerprint
-            if finished and not overwrite and (changed := made.changed_file(folder)) is not None:
+            same, changed = made.fingerprint == fingerprint, made.changed_file(folder)
+            if same and changed is not None and not overwrite:
                 raise DanluError(
                     f"{folder / changed}: is missing or was changed since it was made; make it again with --overwrite"
                 )
-            finished = finished and made.changed_file(folder) is None
+            finished = same and changed is None
         elif (folder / RUN).exists():
             marker = files.read_json(folder / RUN)
             resumed = isinstance(marker, dict) and marker.get("fingerprint") == fingerprint
@@ -245,10 +245,11 @@ class Stage:
 
     @contextlib.contextmanager
     def preparing(self) -> Iterator[None]:
-        """Around the checks before the work: a mistake found there lets go of the folder, unless a run waits in it."""
+        """Around what comes before the first output: a mistake found there lets go of the folder, unless an interrupted
+        run has left something in it."""
         try:
             yield
         except DanluError:
-            if not self.resumed:
+            if all(path.name == RUN for path in self.out.iterdir()):
                 self.abandon()
             raise

@@ -69,13 +69,10 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     if stage.finished:
         note(f"{config.out}: already made, nothing to do")
         return config.out
-    try:
+    with stage.preparing():
         tokenizer = train_on(
             _texts(data, "train", config.sample_bytes, "learning"), config.vocab_size, config.min_frequency
         )
-    except DanluError:
-        stage.abandon()
-        raise
     tokenizer.save(stage.out)
 
     measured = {

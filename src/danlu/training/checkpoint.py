@@ -39,10 +39,10 @@ def save_checkpoint(out: Path, step: int, tensors: dict[str, Tensor], state: dic
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "state.safetensors")
-        _fsync(temporary / "state.safetensors")
+        files.fsync_file(temporary / "state.safetensors")
         state = {**state, "step": step, "sha256": files.sha256_file(temporary / "state.safetensors")}
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        _fsync(temporary / "state.json")
+        files.fsync_file(temporary / "state.json")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         files.fsync_folder(folder)
@@ -125,8 +125,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
 
 def _params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _fsync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

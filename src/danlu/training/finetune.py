@@ -7,8 +7,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from danlu import console
 from danlu.config import validate
 from danlu.data.chat_rows import ChatRow, read_chat_rows
@@ -133,5 +131,4 @@ def _held_out_rows(examples: list[Example], tokenizer: Tokenizer, config: Finetu
     if not examples or not config.heldout_tokens:
         return None
     rows = RowStream(MaskedSequences(examples), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id)
-    batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
-    return HeldOut(batch, torch.from_numpy(tokenizer.token_bytes()).long())
+    return HeldOut.first_rows(rows, config, tokenizer)

@@ -27,6 +27,7 @@ from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.objectives.causal_lm import next_token_nll_sum
+from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import TrainingConfig
 from danlu.training.metrics import MetricsLog, Numbers
@@ -47,6 +48,12 @@ class HeldOut:
 
     batch: Batch
     token_bytes: Tensor
+
+    @classmethod
+    def first_rows(cls, rows: RowStream, config: TrainingConfig, tokenizer: Tokenizer) -> HeldOut:
+        """About ``config.heldout_tokens`` of these rows, always the same ones."""
+        batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
+        return cls(batch, torch.from_numpy(tokenizer.token_bytes()).long())
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Trainer:
         model: fp32 weights; they become the master weights.
         rows: where batches come from.
         held_out: measured now and then, or None.
-        rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``norm_lr``.
+        rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``head_lr``, ``norm_lr``.
         batch_tokens: tokens per optimizer step; rounded down to whole rows.
         default_epochs: length of the run when the config gives none.
     """
@@ -365,8 +372,8 @@ class Trainer:
         checkpoint.save_checkpoint(self.config.out, p.step, tensors, state, self.config.keep_checkpoints)
 
     def _default_micro_tokens(self) -> int:
-        # Enough rows to fill the matrix units, few enough that activations stay near the caches (measured in
-        # docs/log.md).
+        # Enough rows to fill the matrix units, few enough that activations stay near
+        # the caches.
         return 65_536 if self.device.type == "cuda" else 4_096
 
     def _describe(self) -> str:

@@ -113,9 +113,7 @@ def _held_out_rows(data: DataFolder, tokenizer: Tokenizer, config: TrainingConfi
     """The held-out rows that are measured while training; None when the data has none."""
     if not config.heldout_tokens or "heldout" not in data.splits():
         return None
-    rows = _rows(data, "heldout", tokenizer, config)
-    batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
-    return HeldOut(batch, torch.from_numpy(tokenizer.token_bytes()).long())
+    return HeldOut.first_rows(_rows(data, "heldout", tokenizer, config), config, tokenizer)
 
 
 def _rows(data: DataFolder, split: Split, tokenizer: Tokenizer, config: TrainingConfig) -> RowStream:
