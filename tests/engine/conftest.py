@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from danlu.models.causal_lm import CausalLM
-from danlu.models.config import ModelConfig
 from danlu.models.load import save_model
+from danlu.nn.config import ModelConfig, Rope
 from danlu.tokenizer.train import train_on
 
 
@@ -19,7 +19,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"def f{i}(x):\n    return x + {i}  # 丹炉 refines text\n" for i in range(200)]
     tokenizer = train_on(texts, 320, 2)
     config = ModelConfig(
-        vocab_size=320, n_layers=1, dim=32, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=32, context=4096
+        qk_norm="head",
+        rope=Rope(),
+        vocab_size=320,
+        n_layers=1,
+        dim=32,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        context=4096,
     )
     model = CausalLM(config)
     generator = torch.Generator().manual_seed(0)

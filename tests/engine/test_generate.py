@@ -15,7 +15,7 @@ from danlu.engine.generate import Decoder, TextStream, generate_text, generate_t
 from danlu.engine.sampling import SamplingParams
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
-from danlu.models.config import ModelConfig
+from danlu.nn.config import ModelConfig, Rope
 
 BOS, STOP = 256, 257
 
@@ -44,7 +44,16 @@ PROMPTS = ["a", "def f(x):", "丹炉 refines", "0123456789" * 3]
 def model() -> CausalLM:
     """A tiny random model whose logits are far enough apart that rounding does not change the choice."""
     config = ModelConfig(
-        vocab_size=258, n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, context=64
+        qk_norm="head",
+        rope=Rope(),
+        vocab_size=258,
+        n_layers=2,
+        dim=32,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        ffn_dim=64,
+        context=64,
     )
     model = CausalLM(config)
     generator = torch.Generator().manual_seed(0)
@@ -64,16 +73,11 @@ def without_cache(model: CausalLM, prompt: list[int], n: int) -> list[int]:
 
 
 def test_greedy_is_what_transformers_generates(model: CausalLM, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from danlu import files
-    from danlu.models import qwen3
+    from danlu.models.load import save_model
 
-    files.write_json(tmp_path / "config.json", qwen3.config_to_hf(model.config, bos_id=BOS, eos_id=STOP, pad_id=STOP))
-    state = model.state_dict()
-    names = qwen3.tensor_names(model.config)
-    save_file({theirs: state[ours] for ours, theirs in names.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_model(model, tmp_path)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     completions = generate_text(model, TOKENIZER, PROMPTS, GREEDY)
     for prompt, completion in zip(PROMPTS, completions, strict=True):

@@ -14,7 +14,7 @@ from danlu.errors import DanluError
 from danlu.evaluation import bits_per_byte as module
 from danlu.evaluation.bits_per_byte import bits_per_byte, windows_of
 from danlu.models.causal_lm import CausalLM
-from danlu.models.config import ModelConfig
+from danlu.nn.config import ModelConfig, Rope
 
 BOS = 256
 
@@ -40,7 +40,16 @@ TEXTS = ["aab", "丹炉 refines", "x" * 41, "", "hello worlds " * 12, "z"]
 
 def tiny_model(std: float = 0.3) -> CausalLM:
     config = ModelConfig(
-        vocab_size=513, n_layers=2, dim=32, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=64, context=32
+        qk_norm="head",
+        rope=Rope(),
+        vocab_size=513,
+        n_layers=2,
+        dim=32,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        ffn_dim=64,
+        context=32,
     )
     model = CausalLM(config)
     generator = torch.Generator().manual_seed(0)
@@ -80,15 +89,11 @@ def test_it_is_the_chain_rule(model: CausalLM) -> None:
 
 
 def test_one_window_is_the_loss_of_transformers(model: CausalLM, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from danlu import files
-    from danlu.models import qwen3
+    from danlu.models.load import save_model
 
-    files.write_json(tmp_path / "config.json", qwen3.config_to_hf(model.config, bos_id=BOS, eos_id=BOS, pad_id=None))
-    names, state = qwen3.tensor_names(model.config), model.state_dict()
-    save_file({theirs: state[ours] for ours, theirs in names.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_model(model, tmp_path)
     peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     ids = torch.tensor([[BOS, *TOKENIZER.encode("hello world")]])
     with torch.inference_mode():

@@ -17,8 +17,8 @@ from danlu.evaluation.config import EvaluateConfig
 from danlu.evaluation.evaluate import evaluate
 from danlu.formats.card import CARD, RUN, Card
 from danlu.models.causal_lm import CausalLM
-from danlu.models.config import ModelConfig
 from danlu.models.load import load_model, save_model
+from danlu.nn.config import ModelConfig, Rope
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.tokenizer.train import train_on
 
@@ -52,7 +52,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_on([source(i) for i in range(20)], 330, 2)
     shape = ModelConfig(
-        vocab_size=330, n_layers=1, dim=32, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=32, context=256
+        qk_norm="head",
+        rope=Rope(),
+        vocab_size=330,
+        n_layers=1,
+        dim=32,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        context=256,
     )
     lm = CausalLM(shape)
     lm.init_weights(torch.Generator().manual_seed(0))

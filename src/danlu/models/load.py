@@ -1,110 +1,258 @@
-"""Model folders in the Hugging Face layout: weights in, weights out."""
+"""Model folders and GGUF files in, model folders out."""
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from danlu import files
 from danlu.errors import DanluError
-from danlu.models import qwen3
+from danlu.formats.safetensors_files import save_safetensors
+from danlu.formats.weights import Weights, open_weights
 from danlu.models.causal_lm import CausalLM
+from danlu.models.families import qwen3
+from danlu.models.family import Family, Task, family_for, family_of
+from danlu.models.hf_config import HFConfig
+from danlu.models.names import Rule, rules
+from danlu.models.transformer import Transformer
 
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
 
-WEIGHTS = "model.safetensors"
+M = TypeVar("M", bound=Transformer)
+
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""How the oldest BERT checkpoints, made with TensorFlow, name their norms."""
 
 
+@overload
 def load_model(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> CausalLM:
-    """Open a model folder.
+    path: str | Path, *, device: str | torch.device = ..., dtype: torch.dtype | None = ..., new_head: bool = ...
+) -> CausalLM: ...
+@overload
+def load_model(
+    path: str | Path,
+    kind: type[M],
+    *,
+    device: str | torch.device = ...,
+    dtype: torch.dtype | None = ...,
+    new_head: bool = ...,
+    **options: Any,
+) -> M: ...
+def load_model(
+    path: str | Path,
+    kind: type[Any] = CausalLM,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    new_head: bool = False,
+    **options: Any,
+) -> Any:
+    """Open a model.
+
+    Weights that are stored in ``dtype`` are not copied but mapped from the file, which is read as they are used.
 
     Args:
-        folder: holds `config.json` and `model.safetensors`.
-        dtype: the weights are converted to it.
+        path: a model folder (`config.json` and safetensors) or a GGUF file.
+        kind: what to open it as, such as :class:`CausalLM` or one of `models/heads.py`.
+        dtype: the weights are converted to it; None keeps the stored one.
+        new_head: a model without a head of this kind gets a fresh one (for fine-tuning) instead of an error.
+        options: passed to the head: ``labels`` and the like.
 
     Raises:
-        DanluError: not a model folder, a family that is not known, or weights that do not fit the config.
+        DanluError: not a model, a family or a feature that is not known, or weights that do not fit the config.
     """
-    path = Path(folder)
-    if path.is_file() and path.suffix == ".gguf":
-        raise DanluError(f"{path}: GGUF files can be pulled but not run yet; use a model folder with {WEIGHTS}")
-    if not path.is_dir():
-        raise DanluError(f"{path}: no such model folder")
-    if not (path / "config.json").exists():
-        hint = (
-            "; it is being trained: run the same command again to finish it" if (path / "checkpoints").exists() else ""
-        )
-        raise DanluError(f"{path}: is not a model folder (no config.json){hint}")
-    if not (path / WEIGHTS).exists():
-        raise DanluError(f"{path}: has no {WEIGHTS}")
-    content = files.read_json(path / "config.json")
-    if not isinstance(content, dict):
-        raise DanluError(f"{path / 'config.json'}: must hold an object")
-    config = qwen3.config_from_hf(content, str(path / "config.json"))
+    path = Path(path)
+    weights, content = _open(path)
+    where = str(path / "config.json" if path.is_dir() else path)
+    family = family_for(content, where)
+    task: Task = kind.task
+    if task not in ("embedding", *family.heads):
+        raise DanluError(f"{where}: models of type {family.model_type} have no head for {task.replace('_', ' ')}")
+    hf = HFConfig(content, where)
+    config = family.read(hf)
+    hf.finish()
+    if problems := config.problems():
+        raise hf.error("; ".join(problems))
     with torch.device("meta"):  # no memory is spent before the weights are known to fit the config
-        model = CausalLM(config)
-    model.load_state_dict(
-        _read_weights(path / WEIGHTS, qwen3.tensor_names(config), model, dtype), strict=False, assign=True
-    )
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
-    model.rope = type(model.rope)(config.head_dim, config.context, config.rope_base)
+        model = kind.build(config, family, content, **options)
+    _fill(model, family, weights, dtype, new_head)
+    model.hf_config = dict(content)
+    if path.is_dir() and (path / "generation_config.json").is_file():
+        model.generation_config = _read_object(path / "generation_config.json")
     return model.to(device).requires_grad_(True).eval()
 
 
-def _read_weights(path: Path, names: dict[str, str], model: CausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = set(file.keys())
-            if missing := sorted(set(names.values()) - stored):
-                raise DanluError(f"{path}: lacks {missing[0]} ({len(missing)} of {len(names)} tensors are missing)")
-            surplus = sorted(stored - set(names.values()) - {"lm_head.weight"})
-            if surplus:
+def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
+    """The weights under Hugging Face names, and the content of `config.json`."""
+    if not path.exists():
+        raise DanluError(f"{path}: no such model folder")
+    if (path / "checkpoints").exists() and not (path / "config.json").exists():
+        raise DanluError(f"{path}: is being trained: run the same command again to finish it")
+    if path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+        raise DanluError(f"{path}: is not a model folder (no config.json)")
+    weights = open_weights(path)
+    if weights.path.suffix == ".gguf":
+        from danlu.models.gguf import from_gguf
+
+        return from_gguf(weights)
+    folder = weights.path.parent
+    if not (folder / "config.json").exists():
+        raise DanluError(f"{folder}: is not a model folder (no config.json)")
+    return weights, _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise DanluError(f"{path}: must hold an object")
+    return content
+
+
+def _rules(model: Transformer, family: Family, prefix: str) -> Iterator[Rule]:
+    """Every line of the family's table that this model has tensors for."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    yield from rules(family.names, model.config, shapes, prefix)
+    yield from rules(family.heads.get(model.task, {}), model.config, shapes)
+
+
+def _fill(model: Transformer, family: Family, weights: Weights, dtype: torch.dtype | None, new_head: bool) -> None:
+    """Give every parameter of a model on the meta device its value from the file.
+
+    Raises:
+        DanluError: tensors are missing, left over, or of another shape.
+    """
+    stored = {_current_name(name): name for name in weights.infos}
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in stored) else ""
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    values: dict[int, Tensor] = {}  # by the identity of the parameter: tied ones get one value
+    missing: dict[int, str] = {}
+    used: set[str] = set()
+    for rule in _rules(model, family, prefix):
+        used.update(rule.theirs)
+        parameters = [expected[name] for name in rule.ours]
+        if all(id(p) in values for p in parameters):
+            continue
+        if absent := [name for name in rule.theirs if name not in stored]:
+            missing.update({id(p): absent[0] for p in parameters})
+            continue
+        found = [weights.tensor(stored[name]) for name in rule.theirs]
+        for name, p, tensor in zip(rule.ours, parameters, _to_ours(rule, found, weights), strict=True):
+            if tensor.shape != p.shape:
                 raise DanluError(
-                    f"{path}: holds {surplus[0]}, which config.json has no place for ({len(surplus)} such tensors)"
+                    f"{weights.path}: {rule.theirs[0]} has shape {tuple(found[0].shape)}; config.json asks for "
+                    f"{tuple(p.shape)} ({name})"
                 )
-            for ours, theirs in names.items():
-                tensor = file.get_tensor(theirs)
-                if tuple(tensor.shape) != expected[ours]:
-                    raise DanluError(
-                        f"{path}: {theirs} has shape {tuple(tensor.shape)}; config.json says {expected[ours]}"
-                    )
-                if not tensor.is_floating_point():
-                    raise DanluError(f"{path}: {theirs} is {tensor.dtype}; quantized weights are not supported yet")
-                weights[ours] = tensor.to(dtype)
-    except SafetensorError as error:
-        raise DanluError(f"{path}: is not a readable safetensors file ({error}); fetch or make it again") from error
-    return weights
+            if not tensor.is_floating_point():
+                raise DanluError(
+                    f"{weights.path}: {rule.theirs[0]} is {tensor.dtype}; quantized weights in safetensors are not "
+                    "supported; use the unquantized model or a GGUF file"
+                )
+            values[id(p)] = tensor if dtype is None else tensor.to(dtype)
+
+    head = {id(p) for p in model.head_parameters()}
+    missing = {key: name for key, name in missing.items() if key not in values and not (new_head and key in head)}
+    if missing:
+        raise DanluError(
+            f"{weights.path}: lacks {min(missing.values())} ({len(missing)} of {len(expected)} tensors are missing)"
+        )
+    surplus = [n for n in stored if n not in used and not _is_ignored(n, family, model, prefix)]
+    if surplus:
+        raise DanluError(
+            f"{weights.path}: holds {min(surplus)}, which config.json has no place for ({len(surplus)} such tensors)"
+        )
+    _replace_parameters(model, values, dtype)
 
 
-def save_model(model: CausalLM, folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write `config.json`, `generation_config.json`, `model.safetensors` (fp32) and the tokenizer's files, each
-    atomically.
+def _to_ours(rule: Rule, found: list[Tensor], weights: Weights) -> list[Tensor]:
+    try:
+        return rule.to_ours(found)
+    except (RuntimeError, IndexError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found[:3])
+        raise DanluError(
+            f"{weights.path}: {rule.theirs[0]} of shape {shapes} does not fit config.json ({error})"
+        ) from error
 
-    The weights come last: a folder with weights is whole.
+
+def _current_name(name: str) -> str:
+    for old, new in LEGACY.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _is_ignored(name: str, family: Family, model: Transformer, prefix: str) -> bool:
+    """Whether a stored tensor may be left out: no weight at all, a copy of a tied one, or of a head not asked for."""
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored):
+        return True
+    others = {str(theirs) for task, names in family.heads.items() if task != model.task for theirs in names.values()}
+    return name in others or (model.config.tie_embeddings and name == "lm_head.weight")
+
+
+def _replace_parameters(model: nn.Module, values: Mapping[int, Tensor], dtype: torch.dtype | None) -> None:
+    """Put the values in place of the parameters; what has none (a new head) is drawn at random."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is None:
+                continue
+            if id(p) not in made:
+                value = values.get(id(p))
+                if value is None:
+                    value = torch.zeros(p.shape, dtype=dtype or torch.float32, device="cpu")
+                    if p.ndim > 1:
+                        nn.init.normal_(value, std=0.02)
+                    elif name == "weight":
+                        nn.init.ones_(value)
+                made[id(p)] = nn.Parameter(value, requires_grad=False)
+            module._parameters[name] = made[id(p)]
+
+
+def save_model(
+    model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write `config.json`, `generation_config.json`, the weights and the tokenizer's files, each atomically.
+
+    The weights come last: a folder with weights is whole. A model made here is written in the Qwen3 layout, another in
+    the layout it came in.
     """
     path = Path(folder)
-    files.require_space(path, 4 * model.num_parameters(), "the model")
-    tokenizer.save(path)
-    stop_ids = list(tokenizer.stop_ids)
-    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    files.write_json(path / "config.json", qwen3.config_to_hf(model.config, **ids))
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_id}
-    files.write_json(path / "generation_config.json", generation)
-    state = model.state_dict()
-    weights = {
-        theirs: state[ours].detach().to("cpu", torch.float32).contiguous()
-        for ours, theirs in qwen3.tensor_names(model.config).items()
-    }
-    with files.atomic_path(path / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    files.require_space(path, dtype.itemsize * model.num_parameters(), "the model")
+    content = model.hf_config or qwen3.write(model.config)
+    family = family_of(content["model_type"])
+    generation = dict(model.generation_config)
+    name = str(dtype).removeprefix("torch.")
+    content = {
+        **content,
+        **model.hf_fields(family),
+        "dtype": name,
+        "torch_dtype": name,
+    }  # both names: old tools read the second
+    if tokenizer is not None:
+        tokenizer.save(path)
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        content.update(ids)
+        generation.update(ids, eos_token_id=list(tokenizer.stop_ids))
+    files.write_json(path / "config.json", content)
+    if isinstance(model, CausalLM):
+        files.write_json(path / "generation_config.json", generation)
+    save_safetensors(path, checkpoint_tensors(model, family, dtype))
+
+
+def checkpoint_tensors(model: Transformer, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors under the family's names, tied ones once."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    written: set[int] = set()
+    tensors: dict[str, Tensor] = {}
+    for rule in _rules(model, family, family.prefix if model.task != "embedding" else ""):
+        ours = [state[name] for name in rule.ours]
+        if all(id(p) in written for p in ours):
+            continue
+        written.update(map(id, ours))
+        parts = [p.detach().to("cpu", dtype) for p in ours]
+        tensors.update(zip(rule.theirs, rule.to_theirs(parts), strict=True))
+    return tensors

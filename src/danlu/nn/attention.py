@@ -1,55 +1,125 @@
-"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with RoPE and normalised queries and keys
-(arXiv:2302.05442)."""
+"""Attention as every family here has it: grouped queries (Ainslie et al. 2023, arXiv:2305.13245), with what families
+add: biases, normalised queries and keys (arXiv:2302.05442), a cap on the scores (Gemma 2, arXiv:2408.00118)."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from danlu.nn.config import ModelConfig
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.linear import Linear
-from danlu.nn.norm import RMSNorm
-from danlu.nn.rope import apply_rope
+from danlu.nn.norm import make_norm
+from danlu.nn.rope import Rotation, apply_rope
 
 
 class Attention(nn.Module):
-    """Causal self-attention: ``n_heads`` query heads share ``n_kv_heads`` key and value heads.
+    """``n_heads`` query heads share ``n_kv_heads`` key and value heads.
 
-    QK-norm keeps the attention logits bounded whatever the learning rate does, which is what lets Muon run at large
-    steps.
+    QK-norm, per head or over the full width, keeps the scores bounded whatever the learning rate does, which is what
+    lets Muon run at large steps.
+
+    Args:
+        layer: its place in a KV cache.
+        cross: keys and values come from another sequence, by way of :meth:`keys_values`; no rotary positions.
     """
 
-    def __init__(
-        self, dim: int, n_heads: int, n_kv_heads: int, head_dim: int, layer: int = 0, norm_eps: float = 1e-6
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0, cross: bool = False) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.layer = layer  # its place in a KV cache
-        self.q_proj = Linear(dim, n_heads * head_dim, bias=False)
-        self.k_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.v_proj = Linear(dim, n_kv_heads * head_dim, bias=False)
-        self.o_proj = Linear(n_heads * head_dim, dim, bias=False)
-        self.q_norm = RMSNorm(head_dim, norm_eps)
-        self.k_norm = RMSNorm(head_dim, norm_eps)
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer = layer
+        self.causal = config.causal and not cross
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        rope = None if cross else config.rope_of(layer)
+        self.interleaved = rope is not None and rope.interleaved
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(q_dim, config.dim, bias=config.attention_out_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            full = config.qk_norm == "full"
+            self.q_norm = make_norm(config, q_dim if full else config.head_dim)
+            self.k_norm = make_norm(config, kv_dim if full else config.head_dim)
 
     def forward(
         self,
         x_btd: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        memory: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """``mask`` is boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys).
-        None means plain causal attention or, with a cache, that every cached key may be seen."""
+        """Attend from every position of ``x``.
+
+        Args:
+            rotation: cos and sin of the positions, for layers that have any.
+            mask: boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys). None:
+                causal attention if the model is causal and there are as many keys as queries, else all may be seen.
+            memory: keys and values of another sequence, (batch, n_kv_heads, keys, head_dim) each.
+        """
         b, t, _ = x_btd.shape
-        q = self.q_proj(x_btd).view(b, t, self.n_heads, self.head_dim)
-        k = self.k_proj(x_btd).view(b, t, self.n_kv_heads, self.head_dim)
-        v = self.v_proj(x_btd).view(b, t, self.n_kv_heads, self.head_dim).transpose(1, 2)
-        q = apply_rope(self.q_norm(q).transpose(1, 2), *rope)
-        k = apply_rope(self.k_norm(k).transpose(1, 2), *rope)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        causal = mask is None and cache is None
-        enable_gqa = self.n_heads != self.n_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=enable_gqa)
+        q = self._heads(self.q_proj(x_btd), self.n_heads, "q")
+        if memory is None:
+            k, v = self.keys_values(x_btd)
+            if rotation is not None:
+                q, k = apply_rope(q, rotation, self.interleaved), apply_rope(k, rotation, self.interleaved)
+            if cache is not None:
+                k, v = cache.update(self.layer, k, v)
+        else:
+            k, v = memory
+        causal = self.causal and mask is None and t == k.shape[2] > 1
+        y = attend(q, k, v, mask, causal=causal, scale=self.scale, softcap=self.softcap)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
+
+    def keys_values(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (batch, n_kv_heads, seq, head_dim) each, before any rotation."""
+        v = self.v_proj(x_btd).view(*x_btd.shape[:2], self.n_kv_heads, self.head_dim).transpose(1, 2)
+        return self._heads(self.k_proj(x_btd), self.n_kv_heads, "k"), v
+
+    def _heads(self, x_btd: Tensor, n_heads: int, which: str) -> Tensor:
+        """Cut into heads, (batch, heads, seq, head_dim), normalised where the family does so."""
+        b, t, _ = x_btd.shape
+        if self.qk_norm == "full":
+            x_btd = getattr(self, f"{which}_norm")(x_btd)
+        x_bthd = x_btd.view(b, t, n_heads, self.head_dim)
+        if self.qk_norm == "head":
+            x_bthd = getattr(self, f"{which}_norm")(x_bthd)
+        return x_bthd.transpose(1, 2)
+
+
+def attend(
+    q_bhtd: Tensor,
+    k_bhsd: Tensor,
+    v_bhsd: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T + mask) v``; fewer key heads than query heads are shared among them.
+
+    Args:
+        softcap: bounds the scores by ``c * tanh(scores / c)`` before the mask.
+    """
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q_bhtd, k_bhsd, v_bhsd, attn_mask=mask, is_causal=causal, scale=scale,
+            enable_gqa=q_bhtd.shape[1] != k_bhsd.shape[1],
+        )  # fmt: skip
+    # No fused kernel caps scores, so they are written out here.
+    b, h, t, d = q_bhtd.shape
+    groups, s = k_bhsd.shape[1], k_bhsd.shape[2]
+    q = (q_bhtd * scale).reshape(b, groups, h // groups * t, d)
+    scores = (q @ k_bhsd.transpose(-2, -1)).float().view(b, h, t, s)
+    scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1).to(v_bhsd.dtype)
+    return (weights.view(b, groups, h // groups * t, s) @ v_bhsd).view(b, h, t, d)

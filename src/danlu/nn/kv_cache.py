@@ -61,21 +61,21 @@ class KVCache:
 
     def positions(self, n_new: int) -> Tensor:
         """Positions of the next ``n_new`` tokens, (batch, n_new); padding gets 0."""
-        slots = torch.arange(self.length, self.length + n_new, device=self.left_pad_b.device)
+        return self._positions(self.length, self.length + n_new)
+
+    def key_positions(self, n_new: int) -> Tensor:
+        """Positions of all tokens, the next ``n_new`` included, (batch, length + n_new); padding gets 0."""
+        return self._positions(0, self.length + n_new)
+
+    def _positions(self, start: int, end: int) -> Tensor:
+        slots = torch.arange(start, end, device=self.left_pad_b.device)
         return (slots - self.left_pad_b[:, None]).clamp(min=0)
 
-    def mask(self, n_new: int) -> Tensor | None:
-        """True where one of the next ``n_new`` tokens may look, (batch, 1, n_new, length + n_new); None when it may
-        look everywhere."""
-        if n_new == 1 and not bool(self.left_pad_b.any()):
+    def real(self, n_new: int) -> Tensor | None:
+        """True for slots that hold no padding, (batch, length + n_new); None when no row has any."""
+        if not bool(self.left_pad_b.any()):
             return None
-        slots = torch.arange(self.length + n_new, device=self.left_pad_b.device)
-        causal = slots[None, None, :] <= slots[self.length :][None, :, None]
-        real = slots[None, None, :] >= self.left_pad_b[:, None, None]
-        own = (
-            slots[None, None, :] == slots[self.length :][None, :, None]
-        )  # a padding slot sees itself: no row without any key
-        return (causal & (real | own))[:, None]
+        return torch.arange(self.length + n_new, device=self.left_pad_b.device) >= self.left_pad_b[:, None]
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""

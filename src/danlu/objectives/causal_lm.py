@@ -8,11 +8,12 @@ from torch import Tensor
 from danlu.data.packing import IGNORE
 
 
-def next_token_nll_sum(hidden_btd: Tensor, head_weight_vd: Tensor, targets_bt: Tensor) -> Tensor:
+def next_token_nll_sum(logits_btv: Tensor, targets_bt: Tensor) -> Tensor:
     """Sum of ``-log p(target)`` in nats over all targets that are not IGNORE; a scalar, fp32.
 
     The sum and not the mean: whoever accumulates micro-batches divides once, by the number of targets in the whole
     step, so that one step over 8 rows and 8 steps over one row give the same gradient whatever the lengths.
     """
-    logits = F.linear(hidden_btd, head_weight_vd.to(hidden_btd.dtype)).float()
-    return F.cross_entropy(logits.flatten(0, -2), targets_bt.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        logits_btv.float().flatten(0, -2), targets_bt.flatten(), ignore_index=IGNORE, reduction="sum"
+    )

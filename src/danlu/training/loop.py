@@ -110,7 +110,7 @@ class Trainer:
             model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, **rates
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.nll_sum: Callable[[Tensor, Tensor, Tensor], Tensor] = next_token_nll_sum
+        self.nll_sum: Callable[[Tensor, Tensor], Tensor] = self._nll_sum
         self.progress = Progress()
         self.compiled = False
         self.compile_seconds = 0.0
@@ -242,7 +242,10 @@ class Trainer:
 
     def _micro_nll(self, batch: Batch) -> Tensor:
         hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments)
-        return self.nll_sum(hidden, self.model.head.weight, batch.targets)
+        return self.nll_sum(hidden, batch.targets)
+
+    def _nll_sum(self, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
+        return next_token_nll_sum(self.model.head(hidden_btd), targets_bt)
 
     def _acceptable(self, loss: float, grad_norm: float) -> bool:
         """False for a non-finite step and for a spike: further above the recent mean than noise explains (as in OLMo 2,
@@ -287,7 +290,7 @@ class Trainer:
             try:
                 for block in self.model.layers:  # one graph serves all blocks: they differ in weights only
                     block.compile(dynamic=False)
-                self.nll_sum = torch.compile(next_token_nll_sum, dynamic=False)
+                self.nll_sum = torch.compile(self._nll_sum, dynamic=False)
                 self._warm_up()
                 self.compiled = True
             except Exception as error:  # whatever the compiler stumbles over, eager does the same work
@@ -295,7 +298,7 @@ class Trainer:
                 console.warn(f"torch.compile failed ({type(error).__name__}: {first_line[:200]}); running eager")
                 for block in self.model.layers:
                     block._compiled_call_impl = None
-                self.nll_sum = next_token_nll_sum
+                self.nll_sum = self._nll_sum
             self.compile_seconds = time.perf_counter() - begin
 
     def _warm_up(self) -> None:

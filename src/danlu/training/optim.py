@@ -73,7 +73,8 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape[p.shape].append(p)
-            for (rows, cols), params in by_shape.items():
+            for shape, params in by_shape.items():
+                rows, cols = shape[-2:]
                 grads = torch.stack([p.grad for p in params])  # type: ignore[misc]
                 for p in params:
                     if "momentum" not in self.state[p]:
@@ -81,7 +82,8 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, list(grads.unbind()), 1 - group["momentum"])
                 update = grads.lerp(torch.stack(momenta), group["momentum"])
-                update = orthogonalize(update, self.dtype).to(params[0].dtype)
+                matrices = update.flatten(0, -3)  # a mixture's experts are one parameter and many matrices
+                update = orthogonalize(matrices, self.dtype).to(params[0].dtype).view_as(update)
                 scale = group["lr"] * max(1.0, rows / cols) ** 0.5
                 for p, u in zip(params, update.unbind(), strict=True):
                     if group["weight_decay"]:
@@ -102,14 +104,17 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over all weights of the model; each group carries its peak rate and decay as ``initial_lr``,
     ``initial_decay``."""
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    norms = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.layers.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    head = [p for p in model.head.parameters() if p.ndim >= 2 and p is not model.embed.weight]
+    others = {id(p) for p in (*matrices, *vectors, *head)}
+    embeddings = [p for p in model.parameters() if id(p) not in others]
     adam_groups = [
-        {"params": [model.embed.weight], "lr": embed_lr, "weight_decay": 0.0},
-        {"params": norms, "lr": norm_lr, "weight_decay": 0.0},
+        {"params": embeddings, "lr": embed_lr, "weight_decay": 0.0},
+        {"params": vectors, "lr": norm_lr, "weight_decay": 0.0},
     ]
-    if model.head.weight is not model.embed.weight:
-        adam_groups.append({"params": [model.head.weight], "lr": head_lr, "weight_decay": 0.0})
+    if head:
+        adam_groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
         optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=muon_dtype))

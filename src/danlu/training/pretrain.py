@@ -15,7 +15,8 @@ from danlu.data.tokens import tokenize
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Stage
 from danlu.models.causal_lm import CausalLM
-from danlu.models.config import ModelConfig, model_config_for
+from danlu.models.config import model_config_for
+from danlu.nn.config import ModelConfig
 from danlu.models.load import save_model
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.config import PretrainConfig, TrainingConfig
