@@ -1,0 +1,1 @@
+"""What numbers cost: the formats weights are kept in, and the memory, work and time a model needs."""
