@@ -137,9 +137,9 @@ def test_training_takes_what_was_planned(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "dim", "prompt"), [(8, 768, 64), (12, 256, 8000)])
+@pytest.mark.parametrize(("depth", "dim", "prompt"), [(8, 768, 64), (12, 256, 8000), (2, 128, 32000)])
 def test_inference_takes_what_was_planned(depth: int, dim: int, prompt: int, tmp_path: Path) -> None:
-    shape = model_config_for(depth, 8192, dim=dim, context=16384)
+    shape = model_config_for(depth, 8192, dim=dim, context=32768)
     model = CausalLM(shape)
     model.init_weights()
     save_model(model, tmp_path)
