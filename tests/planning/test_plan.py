@@ -111,7 +111,7 @@ report()
 
 GENERATE = """
 model = load_model(sys.argv[1])
-list(generate_tokens(model, list(range(int(sys.argv[2]))), SamplingParams(max_new_tokens=4, temperature=0)))
+list(generate_tokens(model, [i % 8192 for i in range(int(sys.argv[2]))], SamplingParams(max_new_tokens=4, temperature=0)))
 report()
 """
 

@@ -52,8 +52,9 @@ def inference(
     # The widest moment of a block: its input and normed input, with either the feed-forward's inner products or
     # queries, keys and values before and after rotation.
     widest = 2 * config.dim + max(3 * f, 3 * q + 3 * k)
-    mask = tokens * context * c if context > PREFILL_TOKENS else 0
-    activations = int(tokens * widest * c + 2 * mask + 4 * batch * config.vocab_size)
+    # While the mask of a piece is made, it stands beside two boolean ones.
+    mask = tokens * context * (c + 2) if context > PREFILL_TOKENS else 0
+    activations = int(tokens * widest * c + mask + 4 * batch * config.vocab_size)
     weights = int(parameters * BYTES_PER_WEIGHT[form])
     cache = kv_cache_bytes(config, context, batch, c)
     return Budget(form, weights, 0, 0, activations, cache, weights + cache + activations)
