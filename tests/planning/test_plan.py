@@ -155,7 +155,7 @@ def test_well_known_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "28.00 GB" in capsys.readouterr().out
     # Llama 2 7B: 0.5 MiB of cache a token in 16 bits; LoRA of rank 16 on all matrices trains 40 M weights.
     shape, _ = model_shape("7B")
-    assert memory.kv_cache_bytes(shape, 1) == 2 * 32 * 4096 * 2
+    assert memory.cache_bytes(shape, 1) == 2 * 32 * 4096 * 2
     assert memory.lora_parameters(shape, 16) == 39_976_960
     assert found.flops_per_token == pytest.approx(2 * 7e9, rel=0.2)
 

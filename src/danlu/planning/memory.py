@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from danlu.formats.model_facts import kv_cache_bytes
 from danlu.nn.config import ModelConfig
 
 BYTES_PER_WEIGHT = {"FP32": 4.0, "FP16/BF16": 2.0, "INT8": 1.0625, "INT4": 0.5625}
@@ -32,10 +33,11 @@ class Budget:
     total: int
 
 
-def kv_cache_bytes(config: ModelConfig, context: int, batch: int = 1, bytes_each: float = 2.0) -> int:
-    """Keys and values of ``context`` tokens in every layer."""
-    per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim
-    return int(per_token * context * batch * bytes_each)
+def cache_bytes(config: ModelConfig, context: int, batch: int = 1, element_bytes: float = 2) -> int:
+    """Keys and values of ``context`` tokens in every layer, as the engine keeps them: windowed layers keep all."""
+    return kv_cache_bytes(
+        config.n_layers, config.n_kv_heads, config.head_dim, context, element_bytes=element_bytes, batch=batch
+    )
 
 
 def inference(
@@ -56,7 +58,7 @@ def inference(
     mask = tokens * context * (c + 2) if context > PREFILL_TOKENS else 0
     activations = int(tokens * widest * c + mask + 4 * batch * config.vocab_size)
     weights = int(parameters * BYTES_PER_WEIGHT[form])
-    cache = kv_cache_bytes(config, context, batch, c)
+    cache = cache_bytes(config, context, batch, c)
     return Budget(form, weights, 0, 0, activations, cache, weights + cache + activations)
 
 

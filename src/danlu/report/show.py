@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,12 @@ from danlu.config import validate
 from danlu.console import out as stdout
 from danlu.errors import DanluError
 from danlu.formats.card import CARD, RUN, Card, card_if_any
+from danlu.formats.safetensors_header import read_header
 from danlu.report.config import ShowConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
-
-MAX_HEADER_BYTES = 100_000_000
-"""Longest header that the safetensors format allows."""
 
 _TELLING = ("parameters", "heldout_bits_per_byte", "bits_per_byte", "vocab_size", "documents_kept", "train_documents")
 """Metrics worth a place in the lineage tree."""
@@ -97,41 +94,13 @@ def count_weights(paths: list[Path]) -> dict[str, Any]:
     by_dtype: dict[str, dict[str, int]] = {}
     tensors = 0
     for path in paths:
-        for dtype, shape, n_bytes in _read_header(path):
-            entry = by_dtype.setdefault(dtype, {"parameters": 0, "bytes": 0})
-            entry["parameters"] += math.prod(shape)
-            entry["bytes"] += n_bytes
+        for tensor in read_header(path).entries.values():
+            entry = by_dtype.setdefault(tensor.dtype, {"parameters": 0, "bytes": 0})
+            entry["parameters"] += math.prod(tensor.shape)
+            entry["bytes"] += tensor.end - tensor.begin
             tensors += 1
     total = sum(entry["parameters"] for entry in by_dtype.values())
     return {"parameters": total, "tensors": tensors, "by_dtype": by_dtype}
-
-
-def _read_header(path: Path) -> Iterator[tuple[str, list[int], int]]:
-    """(dtype, shape, bytes) of each tensor: 8 bytes of length (little endian), that much JSON, then the data."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise DanluError(f"{path}: is no safetensors file or is cut short ({size} bytes); fetch or save it again")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries: list[tuple[str, list[int], int, int]] = []
-        for tensor in header.values():
-            begin, stop = tensor["data_offsets"]
-            entries.append((str(tensor["dtype"]), [int(n) for n in tensor["shape"]], int(begin), int(stop)))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DanluError(f"{path}: its safetensors header is broken ({error}); fetch or save it again") from error
-    end = max((entry[3] for entry in entries), default=0)
-    if 8 + length + end != size or any(entry[2] > entry[3] for entry in entries):
-        raise DanluError(
-            f"{path}: its header promises {8 + length + end} bytes and it has {size}; it is cut short or damaged, "
-            "fetch or save it again"
-        )
-    for dtype, shape, begin, stop in entries:
-        yield dtype, shape, stop - begin
 
 
 def _model_numbers(path: Path) -> dict[str, Any]:
