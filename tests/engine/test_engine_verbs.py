@@ -83,9 +83,9 @@ def test_what_is_not_a_model_is_told_by_name(model_folder: Path, tmp_path: Path)
         "missing": "no such model folder",
         "empty": "is not a model folder",
         "data": "is a data folder; expected a model folder",
-        "gguf": "GGUF files can be pulled but not run yet",
-        "gguf/m.gguf": "GGUF files can be pulled but not run yet",
-        "half": "has no model.safetensors",
+        "gguf": "cut short or damaged",
+        "gguf/m.gguf": "cut short or damaged",
+        "half": "holds no weights; expected model.safetensors",
     }
     for name in ("empty", "data", "gguf", "half"):
         (tmp_path / name).mkdir()

@@ -6,6 +6,9 @@ opened by `transformers` again; and with the same gradients.
 
 from __future__ import annotations
 
+import inspect
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
-from danlu.models.family import family_of
+from danlu.models.encoder_decoder import EncoderDecoder
+from danlu.models.family import ClassifierShape, family_of
 from danlu.models.load import checkpoint_tensors, load_model, save_model
 from danlu.models.transformer import Transformer
 from danlu.nn.kv_cache import KVCache
 
 
-def random_reference(config: Any, auto_class: Any, seed: int = 0) -> Any:
+def random_reference(config: Any, auto_class: Any, seed: int = 0, attention: str = "eager") -> Any:
     """A model of `transformers` for a config, with every weight random: biases of zero and norms of one would hide
     mistakes."""
     torch.manual_seed(seed)
-    reference = auto_class.from_config(config, attn_implementation="eager").float().eval()
+    reference = auto_class.from_config(config, attn_implementation=attention).float().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in reference.named_parameters():
@@ -47,11 +52,14 @@ def padding(side: str, batch: int, t: int) -> Tensor:
     return column >= pads if side == "left" else column < t - pads
 
 
-def check_causal_lm(config: Any, folder: Path, *, t: int = 24, atol: float = 1e-4, chunk: int = 5) -> CausalLM:
-    """Everything that must hold for a decoder; returns our model."""
+def check_causal_lm(
+    config: Any, folder: Path, *, t: int = 24, atol: float = 1e-4, chunk: int = 5, attention: str = "eager"
+) -> CausalLM:
+    """Everything that must hold for a decoder; returns our model. ``attention`` is the implementation to compare
+    with."""
     from transformers import AutoModelForCausalLM
 
-    reference = random_reference(config, AutoModelForCausalLM)
+    reference = random_reference(config, AutoModelForCausalLM, attention=attention)
     reference.save_pretrained(folder / "theirs")
     model = load_model(folder / "theirs")
     ids = random_ids(config.vocab_size, 3, t, avoid=config.pad_token_id)
@@ -62,7 +70,7 @@ def check_causal_lm(config: Any, folder: Path, *, t: int = 24, atol: float = 1e-
         for side in ("left", "right"):
             real = padding(side, 3, t)
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
-            takes = "position_ids" in reference.forward.__code__.co_varnames
+            takes = "position_ids" in inspect.signature(reference.forward).parameters
             arguments = {"position_ids": positions} if takes else {}
             theirs = reference(ids, attention_mask=real.long(), **arguments).logits
             close(model(ids, real_bt=real)[real], theirs[real], atol, f"padding on the {side}")
@@ -76,6 +84,85 @@ def check_causal_lm(config: Any, folder: Path, *, t: int = 24, atol: float = 1e-
     return model
 
 
+def check_head(
+    kind: type[Transformer],
+    config: Any,
+    auto_class: Any,
+    folder: Path,
+    *,
+    unused: tuple[str, ...] = (),
+    t: int = 15,
+    atol: float = 1e-4,
+) -> Transformer:
+    """Everything that must hold for a head on an encoder or a decoder; returns our model.
+
+    Rows are padded on the right, and on the left too where the reference does not take the padding for its first token
+    there.
+
+    Args:
+        unused: weights that the reference has and does not compute with; danlu does not write them.
+    """
+    reference = random_reference(config, auto_class)
+    reference.save_pretrained(folder / "theirs")
+    model = load_model(folder / "theirs", kind)
+    ids = random_ids(config.vocab_size, 3, t, avoid=config.pad_token_id)
+    takes = inspect.signature(reference.forward).parameters
+    types = random_ids(model.config.token_types, 3, t, seed=3) if model.config.token_types else None
+
+    def theirs(m: Any, real: Tensor | None = None) -> Tensor:
+        padded, arguments = ids, {} if types is None else {"token_type_ids": types}
+        if real is not None:
+            padded, arguments["attention_mask"] = ids.where(real, config.pad_token_id), real.long()
+            if model.config.causal and "position_ids" in takes:
+                arguments["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
+        output = m(padded, **arguments)
+        return torch.stack(output[:2], dim=-1) if "start_logits" in output else output[0]
+
+    def ours(m: Any, real: Tensor | None = None) -> Tensor:
+        call = m.hidden_states if type(m) is Transformer else m
+        output = call(ids, real_bt=real, types_bt=types)
+        return torch.stack(output, dim=-1) if isinstance(output, tuple) else output
+
+    def run(m: Any) -> Tensor:
+        output = ours(m) if isinstance(m, Transformer) else theirs(m)
+        return output.T if output.shape[1] == 1 else output  # a softmax over one label would have no gradient
+
+    with torch.no_grad():
+        expected = theirs(reference)
+        assert expected.std() > 0.1, "the reference is too quiet to show a difference"
+        close(ours(model), expected, atol, "one pass")
+        by_token = expected.shape[1] == t and expected.ndim > 2
+        first_token = not by_token and getattr(model, "shape", ClassifierShape()).pool == "first"
+        for side in ("right",) if first_token else ("right", "left"):
+            real = padding(side, 3, t)
+            rows = real if by_token else slice(None)
+            close(ours(model, real)[rows], theirs(reference, real)[rows], atol, f"padding on the {side}")
+    check_round_trip(model, reference, auto_class, folder / "ours", run, run(reference), atol, unused)
+    check_gradients(model, reference, run, folder, atol)
+    return model
+
+
+def check_every_head(config: Any, folder: Path) -> None:
+    """Each classifier that a family declares, and the model without a head."""
+    import transformers
+
+    from danlu.models.heads import QuestionAnswering, SequenceClassifier, TokenClassifier
+
+    kinds: dict[str, tuple[type[Transformer], Any]] = {
+        "embedding": (Transformer, transformers.AutoModel),
+        "sequence_classification": (SequenceClassifier, transformers.AutoModelForSequenceClassification),
+        "token_classification": (TokenClassifier, transformers.AutoModelForTokenClassification),
+        "question_answering": (QuestionAnswering, transformers.AutoModelForQuestionAnswering),
+    }
+    heads = family_of(config.model_type).heads
+    for task, (kind, auto_class) in kinds.items():
+        if task == "embedding" or task in heads:
+            labels = 2 if task in ("embedding", "question_answering") else 3
+            copy = type(config).from_dict({**config.to_dict(), "pad_token_id": 0})
+            copy.num_labels = labels
+            check_head(kind, copy, auto_class, folder / task)
+
+
 def check_left_padded_cache(model: CausalLM, ids: Tensor, atol: float) -> None:
     """A short row in a batch with longer ones gets what it gets alone."""
     pads = torch.arange(len(ids)) * 3
@@ -86,13 +173,21 @@ def check_left_padded_cache(model: CausalLM, ids: Tensor, atol: float) -> None:
 
 
 def check_round_trip(
-    model: Transformer, reference: Any, auto_class: Any, folder: Path, run: Any, expected: Tensor, atol: float
+    model: Transformer,
+    reference: Any,
+    auto_class: Any,
+    folder: Path,
+    run: Any,
+    expected: Tensor,
+    atol: float,
+    unused: tuple[str, ...] = (),
 ) -> None:
     """Saved by danlu, opened by `transformers`: no tensor missing or left over, and the same numbers."""
     save_model(model, folder)
-    again, info = auto_class.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    attention = reference.config._attn_implementation
+    again, info = auto_class.from_pretrained(folder, output_loading_info=True, attn_implementation=attention)
     assert type(again) is type(reference)
-    assert not info["missing_keys"], info["missing_keys"]
+    assert set(info["missing_keys"]) == set(unused), info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     assert not info["mismatched_keys"], info["mismatched_keys"]
     with torch.no_grad():
@@ -113,8 +208,104 @@ def check_gradients(model: Transformer, reference: Any, run: Any, folder: Path, 
     theirs = load_file(folder / "gradients" / "model.safetensors")
     assert ours.keys() <= theirs.keys()
     assert max(g.abs().max() for g in ours.values()) > 1e-3
+    buffers = {name for name, _ in reference.named_buffers()}  # without a gradient, where ours are weights
     for name, gradient in ours.items():
+        if name in buffers:
+            continue
         close(gradient, theirs[name], atol, f"gradient of {name}")
+
+
+# Fields that say what a model is, and what form the outputs of transformers have.
+METADATA = {
+    "model_type", "architectures", "transformers_version", "dtype", "_name_or_path", "id2label", "label2id",
+    "return_dict", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+
+def check_fields_are_not_ignored(
+    config: Any,
+    folder: Path,
+    *,
+    kind: type[Transformer | EncoderDecoder] = CausalLM,
+    auto_class: Any = None,
+    lowest_id: int = 0,
+    atol: float = 1e-4,
+    attention: str = "eager",
+) -> set[str]:
+    """Change each field of `config.json` in turn and leave the weights: danlu computes what `transformers` computes, or
+    refuses. Where the weights do not fit, danlu refuses too. Returns the fields of which danlu took no change.
+
+    Args:
+        kind, auto_class: the head, ours and theirs; default: a language model's.
+        lowest_id: of the tokens; those below are left to become padding, which some models know by its id.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto_class = auto_class or AutoModelForCausalLM
+    random_reference(config, auto_class, attention=attention).save_pretrained(folder)
+    path = folder / "config.json"
+    content = {**config.to_dict(), **json.loads(path.read_text())}
+    ids = lowest_id + random_ids(config.vocab_size - lowest_id, 2, 12)
+
+    def theirs() -> Tensor | None:
+        try:
+            model, info = auto_class.from_pretrained(folder, output_loading_info=True, attn_implementation=attention)
+            seq2seq = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+            return None if any(info.values()) else first(model(ids, **seq2seq))
+        except Exception:  # of many kinds, and none of them ours
+            return None
+
+    def is_config() -> bool:
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception:  # of many kinds: the value is of no type that the field can have
+            return False
+        return True
+
+    refused, taken, wrong = set(), set(), []
+    with torch.no_grad():
+        for field, value in [("model_type", content["model_type"]), *changes(content)]:
+            path.write_text(json.dumps({**content, field: value}))
+            try:
+                model = load_model(folder, kind)
+                ours = model(ids, ids) if isinstance(model, EncoderDecoder) else model(ids)
+            except DanluError:
+                refused.add(field)
+                continue
+            taken.add(field)
+            expected = theirs()
+            if expected is None:
+                wrong += [f"{field} = {value!r} is not refused"] if is_config() else []
+            elif (difference := (ours - expected).abs().max().item()) > atol:
+                wrong.append(f"{field} = {value!r} is ignored: differs by {difference:.2e}")
+    assert not wrong, "\n".join(wrong)
+    assert "model_type" in taken, "not even the unchanged config was opened"
+    return refused - taken
+
+
+def changes(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each field with other values."""
+    for field, value in content.items():
+        if field not in METADATA:
+            yield from ((field, other) for other in other_values(value))
+
+
+def other_values(value: Any) -> list[Any]:
+    """Values of the same kind."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value * 2]
+    if isinstance(value, float):
+        return [value * 1.5 + 0.25]  # a difference that also shows where it was 0.00001
+    if isinstance(value, str):
+        return [other for other in ("gelu_new", "silu", "mish") if other != value]
+    if isinstance(value, list):
+        return [[other_values(item)[0] for item in value]]
+    if isinstance(value, dict):
+        added = [{**value, "partial_rotary_factor": 0.5}, {**value, "rope_type": "linear", "factor": 2.0}]
+        return [{**value, key: other} for key, item in value.items() for other in other_values(item)] + added
+    return [1, 2, 5]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -126,7 +317,9 @@ def loss_of(output: Any) -> Tensor:
 
 def first(output: Any) -> Tensor:
     """The logits of either side's output."""
-    return output if isinstance(output, Tensor) else output[0]
+    if isinstance(output, Tensor):
+        return output
+    return output["logits"] if "logits" in output else output[0]  # a loss may come before the logits
 
 
 def close(ours: Tensor, theirs: Tensor, atol: float, what: str) -> None:

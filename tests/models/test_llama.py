@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import check_causal_lm
-from transformers import LlamaConfig, Qwen3Config
+import torch
+from parity import check_causal_lm, close, random_ids, random_reference
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from danlu.models.causal_lm import CausalLM
+from danlu.models.load import load_model
+from danlu.nn.config import ModelConfig, Rope, RopeScaling
+from danlu.nn.kv_cache import KVCache
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -64,3 +70,26 @@ def test_llama(options: dict[str, Any], tmp_path: Path) -> None:
 )  # fmt: skip
 def test_qwen3(options: dict[str, Any], tmp_path: Path) -> None:
     check_causal_lm(Qwen3Config(**SHAPE, **options), tmp_path)
+
+
+@pytest.mark.parametrize("scaling", ["longrope, long", "dynamic"])
+def test_scalings_that_depend_on_the_length_agree_with_a_cache_across_the_limit(scaling: str) -> None:
+    """Keys that were cached before the limit must be turned like those behind it."""
+    longrope = RopeScaling("longrope", 4.0, 8, short_factors=(1.0,) * 8, long_factors=tuple(2.0 + i for i in range(8)))
+    rope = Rope(scaling=longrope if "longrope" in scaling else RopeScaling("dynamic", 4.0))
+    model = CausalLM(ModelConfig(101, 2, 64, 4, 2, 16, 88, context=8, rope=rope)).eval()
+    ids = random_ids(101, 2, 20)
+    with torch.no_grad():
+        cache = KVCache(model.config, 2, 20)
+        pieces = torch.cat([model(piece, cache=cache) for piece in ids.split(3, dim=1)], dim=1)
+        close(pieces, model(ids), 1e-4, "a cache across the limit")
+
+
+def test_dynamic_scaling(tmp_path: Path) -> None:
+    """In one pass beyond the context, as transformers stretches it."""
+    config = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0})
+    reference = random_reference(config, AutoModelForCausalLM)
+    reference.save_pretrained(tmp_path)
+    ids = random_ids(101, 2, 24)
+    with torch.no_grad():
+        close(load_model(tmp_path)(ids), reference(ids).logits, 1e-4, "beyond the context")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from danlu.errors import DanluError
 from danlu.models.hf_config import HFConfig
 from danlu.models.names import Names
-from danlu.nn.config import ModelConfig
+from danlu.nn.config import EncoderDecoderConfig, ModelConfig
 
 Task = Literal[
     "causal_lm", "masked_lm", "sequence_classification", "token_classification", "question_answering", "seq2seq",
@@ -22,11 +22,11 @@ Task = Literal[
 
 @dataclass(frozen=True)
 class ClassifierShape:
-    """How a family classifies a whole sequence: which position's hidden state it takes, the layer it passes it through
-    (None: none), and whether the projection has a bias."""
+    """How a family classifies a whole sequence: which token's hidden state it takes, the activation of the layer it
+    passes it through (None: there is no such layer), and whether the projection has a bias."""
 
     pool: Literal["first", "last"] = "last"
-    dense: Literal["tanh", "relu"] | None = None
+    pooler: Literal["tanh", "relu"] | None = None
     bias: bool = False
 
 
@@ -43,17 +43,19 @@ class Family:
         heads: tensors of each head, by its task; their names carry no prefix.
         classifier: how it classifies sequences.
         ignored: patterns (fnmatch) of tensors that are not weights: masks, positions, frequencies.
+        harmless: fields of `config.json` that do not change the computation, in this family.
         write: our shape -> the fields of `config.json`, for families that models are made in.
     """
 
     model_type: str
     architectures: Mapping[str, Task]
-    read: Callable[[HFConfig], ModelConfig]
+    read: Callable[[HFConfig], ModelConfig | EncoderDecoderConfig]
     names: Names
     prefix: str = ""
     heads: Mapping[Task, Names] = field(default_factory=dict)
     classifier: ClassifierShape = ClassifierShape()
     ignored: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
 
 
@@ -79,6 +81,8 @@ MODULES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "RefinedWeb": "falcon",
+    "RefinedWebModel": "falcon",
     "roberta": "roberta",
     "smollm3": "smollm3",
     "t5": "t5",
@@ -113,6 +117,11 @@ def family_for(content: Mapping[str, Any], where: str) -> Family:
         model_type = found[0]
     if not isinstance(model_type, str):
         raise DanluError(f"{where}: model_type is {model_type!r}; expected a name")
+    if isinstance(inner := content.get("text_config"), dict) and model_type not in MODULES:
+        raise DanluError(
+            f"{where}: {model_type} models take more than text, which is not supported; save the language model "
+            f"({inner.get('model_type', 'text_config')}) alone in a folder of its own and open that"
+        )
     try:
         return family_of(model_type)
     except DanluError as error:

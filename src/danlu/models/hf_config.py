@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from danlu.errors import DanluError
@@ -51,10 +51,12 @@ class HFConfig:
     Args:
         content: the parsed file.
         where: its path, for messages.
+        stored: names of the tensors in the file beside it, for what the fields leave open.
     """
 
-    def __init__(self, content: Mapping[str, Any], where: str) -> None:
+    def __init__(self, content: Mapping[str, Any], where: str, stored: Collection[str] = ()) -> None:
         self.content, self.where = content, where
+        self.stored = stored
         self._read: set[str] = set()
 
     def error(self, message: str) -> DanluError:
@@ -96,10 +98,21 @@ class HFConfig:
             raise self.error(f"{key} is {value!r}; expected true or false")
         return value
 
+    def spelling(self, *keys: str) -> str:
+        """Which of several names of one field this config uses; the first where it has none.
+
+        Raises:
+            DanluError: two of them disagree.
+        """
+        present = [key for key in keys if self.get(key) is not None]
+        if len({repr(self.content[key]) for key in present}) > 1:
+            raise self.error(f"{' and '.join(present)} say the same thing differently; keep one of them")
+        return present[0] if present else keys[0]
+
     def activation(self, key: str, default: str) -> Activation:
         """The activation of the feed-forward network."""
         value = self.get(key, default)
-        if value not in ACTIVATIONS:
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise self.error(f"{key} is {value!r}; known: {', '.join(sorted(ACTIVATIONS))}")
         return ACTIVATIONS[value]
 
@@ -122,10 +135,21 @@ class HFConfig:
             expected = " or ".join(map(repr, values)) or "none"
             raise self.error(f"{key} is {value!r}, which is not supported; supported: {expected}")
 
-    def rope(self, head_dim: int, context: int, *, default_base: float = 10_000.0, key: str | None = None) -> Rope:
+    def rope(
+        self,
+        head_dim: int,
+        context: int,
+        *,
+        default_base: float = 10_000.0,
+        default_share: float | None = None,
+        key: str | None = None,
+    ) -> Rope:
         """Rotary positions from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
         Args:
+            default_base: the base where the config gives none.
+            default_share: the share of each head that is turned where the config gives none. None: this family turns
+                whole heads, and another share is refused.
             key: which of several sets of parameters, for families that turn some layers otherwise.
         """
         parameters = self.get("rope_parameters")
@@ -139,8 +163,14 @@ class HFConfig:
             raise self.error(f"the rotary parameters are {parameters!r}; expected an object")
         inner = HFConfig(parameters, f"{self.where}: rotary parameters")
         base = float(inner.number("rope_theta", self.number("rope_theta", default_base)))
-        share = float(inner.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0)))
+        if base <= 0:
+            raise self.error(f"rope_theta is {base}; expected a number above 0")
+        share = float(inner.number("partial_rotary_factor", self.number("partial_rotary_factor", default_share or 1.0)))
+        if default_share is None and share != 1:
+            raise self.error("partial_rotary_factor is not supported for this family; its heads are rotated whole")
         dim = int(head_dim * share)
+        if dim < 2:
+            raise inner.error(f"partial_rotary_factor is {share}, which leaves nothing of a head of {head_dim} to turn")
         rope = Rope(base=base, dim=None if dim == head_dim else dim, scaling=self._scaling(inner, dim, context))
         inner.finish(harmless=("rope_type", "type"))
         return rope
@@ -149,10 +179,9 @@ class HFConfig:
         kind = inner.get("rope_type") or inner.get("type") or "default"
         if kind == "su":  # the first name of LongRoPE
             kind = "longrope"
-        # Some configs give the trained length beside the parameters instead of among them.
-        original = inner.integer("original_max_position_embeddings", None) or self.integer(
-            "original_max_position_embeddings", None
-        )
+        # Some configs give the trained length beside the parameters instead of among them; where both are, that counts.
+        original, beside = (config.integer("original_max_position_embeddings", None) for config in (inner, self))
+        original = beside or original
         if kind == "default":
             return None
         if kind == "longrope":
@@ -166,6 +195,8 @@ class HFConfig:
                 short_factors=short, long_factors=long,
             )  # fmt: skip
         factor = float(inner.number("factor")) if kind in ("linear", "dynamic", "yarn", "llama3") else 1.0
+        if factor <= 0:
+            raise inner.error(f"factor is {factor}; expected a number above 0")
         if kind in ("linear", "dynamic"):
             return RopeScaling("linear" if kind == "linear" else "dynamic", factor)
         if kind == "llama3":

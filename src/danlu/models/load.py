@@ -12,19 +12,24 @@ from torch import Tensor, nn
 
 from danlu import files
 from danlu.errors import DanluError
+from danlu.formats.gguf_file import GGUFFile
 from danlu.formats.safetensors_files import save_safetensors
 from danlu.formats.weights import Weights, open_weights
 from danlu.models.causal_lm import CausalLM
+from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.families import qwen3
 from danlu.models.family import Family, Task, family_for, family_of
+from danlu.models.gguf import from_gguf
 from danlu.models.hf_config import HFConfig
 from danlu.models.names import Rule, rules
 from danlu.models.transformer import Transformer
+from danlu.nn.config import EncoderDecoderConfig, ModelConfig
 
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
 
-M = TypeVar("M", bound=Transformer)
+Model = Transformer | EncoderDecoder
+M = TypeVar("M", bound=Model)
 
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """How the oldest BERT checkpoints, made with TensorFlow, name their norms."""
@@ -61,7 +66,8 @@ def load_model(
         path: a model folder (`config.json` and safetensors) or a GGUF file.
         kind: what to open it as, such as :class:`CausalLM` or one of `models/heads.py`.
         dtype: the weights are converted to it; None keeps the stored one.
-        new_head: a model without a head of this kind gets a fresh one (for fine-tuning) instead of an error.
+        new_head: a model without a head of this kind, or with one for another number of labels, gets a fresh one (for
+            fine-tuning) instead of an error.
         options: passed to the head: ``labels`` and the like.
 
     Raises:
@@ -74,14 +80,15 @@ def load_model(
     task: Task = kind.task
     if task not in ("embedding", *family.heads):
         raise DanluError(f"{where}: models of type {family.model_type} have no head for {task.replace('_', ' ')}")
-    hf = HFConfig(content, where)
-    config = family.read(hf)
-    hf.finish()
-    if problems := config.problems():
-        raise hf.error("; ".join(problems))
+    config = _read_config(family, content, where, weights)
+    if isinstance(config, EncoderDecoderConfig) != (task == "seq2seq"):
+        raise DanluError(f"{where}: is an encoder-decoder; it opens as EncoderDecoder, and whole only")
     with torch.device("meta"):  # no memory is spent before the weights are known to fit the config
-        model = kind.build(config, family, content, **options)
-    _fill(model, family, weights, dtype, new_head)
+        try:
+            model = kind.build(config, family, content, **options)
+        except DanluError as error:
+            raise DanluError(f"{where}: {error}") from None
+    _fill(model, family, weights, dtype, new_head, _names_of_another_head(family, task, content))
     model.hf_config = dict(content)
     if path.is_dir() and (path / "generation_config.json").is_file():
         model.generation_config = _read_object(path / "generation_config.json")
@@ -97,14 +104,37 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     if path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
         raise DanluError(f"{path}: is not a model folder (no config.json)")
     weights = open_weights(path)
-    if weights.path.suffix == ".gguf":
-        from danlu.models.gguf import from_gguf
-
+    if isinstance(weights, GGUFFile):
         return from_gguf(weights)
     folder = weights.path.parent
     if not (folder / "config.json").exists():
         raise DanluError(f"{folder}: is not a model folder (no config.json)")
     return weights, _read_object(folder / "config.json")
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The shape of a model folder or GGUF file; its weights are not read.
+
+    Raises:
+        DanluError: as :func:`load_model`.
+    """
+    path = Path(path)
+    weights, content = _open(path)
+    config = _read_config(family_for(content, str(path)), content, str(path), weights)
+    if isinstance(config, EncoderDecoderConfig):
+        raise DanluError(f"{path}: is an encoder-decoder; expected a model of one stack")
+    return config
+
+
+def _read_config(
+    family: Family, content: Mapping[str, Any], where: str, weights: Weights
+) -> ModelConfig | EncoderDecoderConfig:
+    hf = HFConfig(content, where, frozenset(weights.infos))
+    config = family.read(hf)
+    hf.finish(family.harmless)
+    if problems := config.problems():
+        raise hf.error("; ".join(problems))
+    return config
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -114,15 +144,32 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rules(model: Transformer, family: Family, prefix: str) -> Iterator[Rule]:
+def _rules(model: Model, family: Family, prefix: str) -> Iterator[Rule]:
     """Every line of the family's table that this model has tensors for."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    yield from rules(family.names, model.config, shapes, prefix)
-    yield from rules(family.heads.get(model.task, {}), model.config, shapes)
+    config = model.config if isinstance(model, Transformer) else model.config.decoder
+    yield from rules(family.names, config, shapes, prefix)
+    yield from rules(family.heads.get(model.task, {}), config, shapes)
 
 
-def _fill(model: Transformer, family: Family, weights: Weights, dtype: torch.dtype | None, new_head: bool) -> None:
+def _names_of_another_head(family: Family, task: Task, content: Mapping[str, Any]) -> set[str]:
+    """Tensors of the head that a checkpoint has by its architecture, if that is not the head asked for: families call
+    the weights of several heads alike, `classifier.weight` say."""
+    architectures = content.get("architectures")
+    listed = architectures if isinstance(architectures, list) else []
+    known = [family.architectures[a] for a in listed if isinstance(a, str) and a in family.architectures]
+    own = known[0] if known else task
+    return set() if own == task else {str(theirs) for theirs in family.heads.get(own, {}).values()}
+
+
+def _fill(
+    model: Model, family: Family, weights: Weights, dtype: torch.dtype | None, new_head: bool, foreign: set[str]
+) -> None:
     """Give every parameter of a model on the meta device its value from the file.
+
+    Args:
+        new_head: a head that is missing, or of another size, is left for :func:`_replace_parameters` to draw.
+        foreign: names that mean something else in this file.
 
     Raises:
         DanluError: tensors are missing, left over, or of another shape.
@@ -133,17 +180,21 @@ def _fill(model: Transformer, family: Family, weights: Weights, dtype: torch.dty
     values: dict[int, Tensor] = {}  # by the identity of the parameter: tied ones get one value
     missing: dict[int, str] = {}
     used: set[str] = set()
+    head = {id(p) for p in model.head_parameters()}
     for rule in _rules(model, family, prefix):
         used.update(rule.theirs)
         parameters = [expected[name] for name in rule.ours]
         if all(id(p) in values for p in parameters):
+            _check_copies(rule, [values[id(p)] for p in parameters], stored, weights)
             continue
-        if absent := [name for name in rule.theirs if name not in stored]:
+        if absent := [name for name in rule.theirs if name not in stored or name in foreign]:
             missing.update({id(p): absent[0] for p in parameters})
             continue
         found = [weights.tensor(stored[name]) for name in rule.theirs]
         for name, p, tensor in zip(rule.ours, parameters, _to_ours(rule, found, weights), strict=True):
             if tensor.shape != p.shape:
+                if new_head and id(p) in head:
+                    continue
                 raise DanluError(
                     f"{weights.path}: {rule.theirs[0]} has shape {tuple(found[0].shape)}; config.json asks for "
                     f"{tuple(p.shape)} ({name})"
@@ -155,7 +206,6 @@ def _fill(model: Transformer, family: Family, weights: Weights, dtype: torch.dty
                 )
             values[id(p)] = tensor if dtype is None else tensor.to(dtype)
 
-    head = {id(p) for p in model.head_parameters()}
     missing = {key: name for key, name in missing.items() if key not in values and not (new_head and key in head)}
     if missing:
         raise DanluError(
@@ -167,6 +217,18 @@ def _fill(model: Transformer, family: Family, weights: Weights, dtype: torch.dty
             f"{weights.path}: holds {min(surplus)}, which config.json has no place for ({len(surplus)} such tensors)"
         )
     _replace_parameters(model, values, dtype)
+
+
+def _check_copies(rule: Rule, values: list[Tensor], stored: Mapping[str, str], weights: Weights) -> None:
+    """A tied tensor may be stored again, if it is the same: training would have to know which of two counts."""
+    if not all(name in stored for name in rule.theirs):
+        return
+    copies = _to_ours(rule, [weights.tensor(stored[name]) for name in rule.theirs], weights)
+    if not all(torch.equal(copy.to(value.dtype), value) for copy, value in zip(copies, values, strict=True)):
+        raise DanluError(
+            f"{weights.path}: {rule.theirs[0]} is not the tensor that config.json ties it to; if it was trained apart, "
+            'set "tie_word_embeddings": false'
+        )
 
 
 def _to_ours(rule: Rule, found: list[Tensor], weights: Weights) -> list[Tensor]:
@@ -185,12 +247,13 @@ def _current_name(name: str) -> str:
     return name
 
 
-def _is_ignored(name: str, family: Family, model: Transformer, prefix: str) -> bool:
+def _is_ignored(name: str, family: Family, model: Model, prefix: str) -> bool:
     """Whether a stored tensor may be left out: no weight at all, a copy of a tied one, or of a head not asked for."""
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in family.ignored):
         return True
     others = {str(theirs) for task, names in family.heads.items() if task != model.task for theirs in names.values()}
-    return name in others or (model.config.tie_embeddings and name == "lm_head.weight")
+    tied = isinstance(model, Transformer) and model.config.tie_embeddings
+    return name in others or (tied and name == "lm_head.weight")
 
 
 def _replace_parameters(model: nn.Module, values: Mapping[int, Tensor], dtype: torch.dtype | None) -> None:
@@ -213,7 +276,7 @@ def _replace_parameters(model: nn.Module, values: Mapping[int, Tensor], dtype: t
 
 
 def save_model(
-    model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype = torch.float32
+    model: Model, folder: str | Path, tokenizer: Tokenizer | None = None, *, dtype: torch.dtype = torch.float32
 ) -> None:
     """Write `config.json`, `generation_config.json`, the weights and the tokenizer's files, each atomically.
 
@@ -222,7 +285,11 @@ def save_model(
     """
     path = Path(folder)
     files.require_space(path, dtype.itemsize * model.num_parameters(), "the model")
-    content = model.hf_config or qwen3.write(model.config)
+    content = model.hf_config
+    if not content:
+        if isinstance(model, EncoderDecoder):
+            raise ValueError("an encoder-decoder is written in the layout that it was opened in, and this one was not")
+        content = qwen3.write(model.config)
     family = family_of(content["model_type"])
     generation = dict(model.generation_config)
     name = str(dtype).removeprefix("torch.")
@@ -238,12 +305,13 @@ def save_model(
         content.update(ids)
         generation.update(ids, eos_token_id=list(tokenizer.stop_ids))
     files.write_json(path / "config.json", content)
-    if isinstance(model, CausalLM):
+    # An encoder-decoder without this file is steered by config.json (forced tokens, ...), which it would override.
+    if isinstance(model, CausalLM) or (isinstance(model, EncoderDecoder) and model.generation_config):
         files.write_json(path / "generation_config.json", generation)
     save_safetensors(path, checkpoint_tensors(model, family, dtype))
 
 
-def checkpoint_tensors(model: Transformer, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
+def checkpoint_tensors(model: Model, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
     """The model's tensors under the family's names, tied ones once."""
     state = dict(model.named_parameters(remove_duplicate=False))
     written: set[int] = set()

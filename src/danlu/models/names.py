@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from danlu.nn.config import ModelConfig
+from danlu.nn.config import Arrangement, ModelConfig
 
 QKV_WEIGHT = tuple(f"layers.{{i}}.attention.{p}_proj.weight" for p in "qkv")
 QKV_BIAS = tuple(f"layers.{{i}}.attention.{p}_proj.bias" for p in "qkv")
@@ -54,7 +54,37 @@ class Experts:
     theirs: tuple[str, ...]
 
 
-Source = str | Transposed | Fused | Experts
+@dataclass(frozen=True)
+class ByArrangement:
+    """A tensor whose name depends on where the norms stand: a name for each arrangement that occurs (Falcon)."""
+
+    theirs: Mapping[Arrangement, str]
+
+
+@dataclass(frozen=True)
+class ByGating:
+    """A tensor whose name depends on whether the feed-forward network is gated (T5)."""
+
+    gated: str
+    plain: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A vector that is stored as a matrix of one row."""
+
+    theirs: str
+
+
+@dataclass(frozen=True)
+class ByTying:
+    """A tensor that is stored twice, where the one that counts depends on whether the head is tied (BERT's bias)."""
+
+    tied: str
+    untied: str
+
+
+Source = str | Transposed | Row | Fused | Experts | ByArrangement | ByGating | ByTying
 Names = Mapping[str | tuple[str, ...], Source]
 
 
@@ -90,8 +120,16 @@ def _rule(
     def their(name: str) -> str:
         return prefix + name.replace("{i}", str(layer))
 
+    if isinstance(source, ByArrangement):
+        source = source.theirs[config.arrangement]
+    if isinstance(source, ByTying):
+        source = source.tied if config.tie_embeddings else source.untied
+    if isinstance(source, ByGating):
+        source = source.gated if config.gated else source.plain
     if isinstance(source, str):
         return Rule(ours, (their(source),), _same, _same)
+    if isinstance(source, Row):
+        return Rule(ours, (their(source.theirs),), _flatten, _as_row)
     if isinstance(source, Transposed):
         return Rule(ours, (their(source.theirs),), _transpose, _transpose)
     if isinstance(source, Fused):
@@ -115,6 +153,14 @@ def _same(tensors: list[Tensor]) -> list[Tensor]:
     return tensors
 
 
+def _flatten(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.flatten() for tensor in tensors]
+
+
+def _as_row(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor[None] for tensor in tensors]
+
+
 def _transpose(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.T.contiguous() for tensor in tensors]
 
@@ -132,7 +178,7 @@ def _fused(
         return [part.flatten(0, 1).contiguous() for part in grouped.split(rows, dim=1)]
 
     def join(tensors: list[Tensor]) -> list[Tensor]:
-        grouped = [tensor.unflatten(0, (groups, n)) for tensor, n in zip(tensors, rows, strict=True)]
+        grouped = [tensor.unflatten(0, (groups, n)) for tensor, n in zip(tensors, rows, strict=True)]  # type: ignore[no-untyped-call]
         joined = torch.cat(grouped, dim=1).flatten(0, 1)
         return [joined.T.contiguous() if source.transposed else joined]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from danlu.errors import DanluError
 from danlu.nn import masks
 from danlu.nn.block import Block
 from danlu.nn.config import ModelConfig
@@ -29,6 +30,11 @@ class Memory:
 
     keys_values: list[tuple[Tensor, Tensor]]
     real_bs: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Memory:
+        """These rows of the batch, in this order; a row may be taken more than once."""
+        real_bs = None if self.real_bs is None else self.real_bs[rows]
+        return Memory([(keys[rows], values[rows]) for keys, values in self.keys_values], real_bs)
 
 
 class Transformer(nn.Module):
@@ -116,7 +122,8 @@ class Transformer(nn.Module):
         if positions_bt is None:
             positions_bt = self._positions(t, cache, real_bt)
         mask_of = self._masks(positions_bt, segments_bt, cache, real_bt)
-        rotations = {rope: rotary(positions_bt) for rope, rotary in zip(self._ropes, self.rotary, strict=True)}
+        length = None if cache is None else cache.max_len
+        rotations = {r: rotary(positions_bt, length) for r, rotary in zip(self._ropes, self.rotary, strict=True)}
         memory_mask = None
         if memory is not None and memory.real_bs is not None:
             memory_mask = masks.additive(memory.real_bs[:, None, None, :], self.dtype)
@@ -127,16 +134,25 @@ class Transformer(nn.Module):
             rotation = None if rope is None else rotations[rope]
             mask = mask_of[self.config.window_of(layer)]
             attended = None if memory is None else memory.keys_values[layer]
+            arguments = (x, rotation, mask, cache, attended, memory_mask)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, rotation, mask, cache, attended, memory_mask, routings, use_reentrant=False)
+                decided: list[Routing] = []  # the second run, in the backward pass, adds to this list and no other
+                x = checkpoint(block, *arguments, decided, use_reentrant=False)
+                if routings is not None:
+                    routings.extend(decided)
             else:
-                x = block(x, rotation, mask, cache, attended, memory_mask, routings)
+                x = block(*arguments, routings)
         if cache is not None:
             cache.length += t
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _positions(self, t: int, cache: KVCache | None, real_bt: Tensor | None) -> Tensor:
         """(batch or 1, seq) position of each token; padding gets 0."""
+        end = t if cache is None else cache.length + t
+        if self.config.learned_positions and end > self.config.context:
+            raise DanluError(
+                f"a sequence of {end} tokens is longer than the model's table of {self.config.context} positions"
+            )
         if cache is not None:
             return cache.positions(t)
         if real_bt is not None and not self.config.count_padding:

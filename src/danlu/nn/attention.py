@@ -31,6 +31,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.causal = config.causal and not cross
         self.scale = config.attention_scale or config.head_dim**-0.5
+        if config.attention_scale_by_layer:
+            self.scale /= layer + 1
         self.softcap = config.attention_softcap
         rope = None if cross else config.rope_of(layer)
         self.interleaved = rope is not None and rope.interleaved

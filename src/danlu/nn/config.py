@@ -77,6 +77,7 @@ class ModelConfig:
     attention_out_bias: bool = False
     qk_norm: Literal["head", "full"] | None = None
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim)
+    attention_scale_by_layer: bool = False  # scores are also divided by the number of the layer, from 1
     attention_softcap: float | None = None
     window: int | None = None  # tokens a position sees, itself included
     full_layers: tuple[int, ...] = ()  # layers that see everything although there is a window
@@ -112,6 +113,7 @@ class ModelConfig:
     embed_scale: float | None = None
     token_types: int = 0
     head_bias: bool = False
+    transform_activation: Activation | None = None  # of a masked LM's head; None: that of the feed-forward
     head_scale: float | None = None
     logit_softcap: float | None = None
 
@@ -121,6 +123,8 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """What is impossible about this shape."""
         found = []
+        if self.head_dim < 1:
+            found.append(f"there are more heads ({self.n_heads}) than features ({self.dim})")
         if self.n_heads % self.n_kv_heads:
             found.append(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         for rope in (self.rope, self.local_rope):
@@ -130,6 +134,13 @@ class ModelConfig:
             found.append(f"more dimensions are rotated ({self.rope.dim}) than a head has ({self.head_dim})")
         if self.experts is not None and self.experts.top_k > self.experts.number:
             found.append(f"top_k ({self.experts.top_k}) is more than there are experts ({self.experts.number})")
+        if self.relative_buckets:
+            exact = self.relative_buckets // (2 if self.causal else 4)  # half of a direction's; the rest is logarithmic
+            if not 1 <= exact < self.relative_max_distance:
+                found.append(
+                    f"{self.relative_buckets} buckets of distances do not fit a longest distance of "
+                    f"{self.relative_max_distance}"
+                )
         return found
 
     def window_of(self, layer: int) -> int | None:
@@ -145,3 +156,29 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's feed-forward is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """Shape of an encoder and a decoder that looks at it. The head belongs to the decoder's shape.
+
+    Attributes:
+        decoder_start_id: the token that every decoder sequence begins with.
+        shared_embeddings: encoder and decoder have one embedding of tokens.
+    """
+
+    encoder: ModelConfig
+    decoder: ModelConfig
+    decoder_start_id: int
+    shared_embeddings: bool = True
+
+    def problems(self) -> list[str]:
+        """What is impossible about this shape."""
+        found = [f"encoder: {problem}" for problem in self.encoder.problems()]
+        found += [f"decoder: {problem}" for problem in self.decoder.problems()]
+        if not 0 <= self.decoder_start_id < self.decoder.vocab_size:
+            found.append(
+                f"decoder_start_token_id ({self.decoder_start_id}) is outside the vocabulary of "
+                f"{self.decoder.vocab_size}"
+            )
+        return found

@@ -34,10 +34,18 @@ class RotaryEmbedding(nn.Module):
         # These two look at how long the sequence is; the others are fixed.
         self.limit = {"dynamic": context, "longrope": scaling.original_context}.get(scaling.kind) if scaling else None
 
-    def forward(self, positions_bt: Tensor) -> Rotation:
+    def forward(self, positions_bt: Tensor, length: int | None = None) -> Rotation:
+        """cos and sin of each position.
+
+        Args:
+            length: tokens the whole sequence will have, where that is known: keys in a cache stay turned as they were,
+                so scalings that depend on the length must go by one length throughout. Default: the furthest position.
+        """
         inv_freq = self.inv_freq
-        if self.limit is not None and (length := int(positions_bt.max()) + 1) > self.limit:
-            inv_freq = frequencies(self.rope, self.head_dim, self.context, length)[0].to(inv_freq.device)
+        if self.limit is not None:
+            length = int(positions_bt.max()) + 1 if length is None else length
+            if length > self.limit:
+                inv_freq = frequencies(self.rope, self.head_dim, self.context, length)[0].to(inv_freq.device)
         angles = (positions_bt[..., None].float() * inv_freq).unsqueeze(1)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
