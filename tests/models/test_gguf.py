@@ -25,8 +25,10 @@ from danlu.formats.gguf_write import GGUFTensor, write_gguf
 from danlu.models.causal_lm import CausalLM
 from danlu.models.convert import convert
 from danlu.models.convert_config import ConvertConfig
-from danlu.models.gguf import from_gguf, halves, llama3_dividers, llama3_scaling, neighbours, shortest
+from danlu.models.gguf import from_gguf, halves, neighbours
+from danlu.models.gguf_metadata import shortest
 from danlu.models.gguf_names import ARCHITECTURES, Stacked, architecture_of
+from danlu.models.gguf_rope import llama3_dividers, llama3_scaling
 from danlu.models.load import load_model
 from danlu.nn.config import RopeScaling
 from danlu.tokenizer.tokenizer import Tokenizer

@@ -18,9 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from danlu.engine.generate import Decoder
 from danlu.engine.sampling import SamplingParams
-from danlu.errors import DanluError
-from danlu.hub.config import PullConfig
-from danlu.hub.pull import pull
 from danlu.models.causal_lm import CausalLM
 from danlu.models.convert import convert
 from danlu.models.convert_config import ConvertConfig
@@ -33,11 +30,8 @@ REFERENCE = Path(__file__).parent / "smollm2_greedy.json"
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    try:
-        return pull(PullConfig(source="smollm2"))
-    except DanluError as error:
-        pytest.skip(f"SmolLM2 cannot be fetched ({error})")
+def folder(smollm2: Path) -> Path:
+    return smollm2.parent
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def _write_folder(config: ConvertConfig, weights: Weights) -> None:
 
 
 def _pending(weights: Weights, name: str, dtype: torch.dtype | None) -> PendingTensor:
-    """A tensor in the wanted dtype; None: as stored, or fp32 where it is quantized. Whole numbers stay what they are."""
+    """A tensor in the wanted dtype; None: as stored, or fp32 where it is quantized. Whole numbers stay so."""
     info = weights.infos[name]
     if info.dtype in WHOLE_NUMBERS:
         return PendingTensor(weights.tensor(name).dtype, info.shape, partial(weights.tensor, name))

@@ -6,19 +6,17 @@ honoured or refused by name.
 
 from __future__ import annotations
 
-import math
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from danlu.errors import DanluError
-from danlu.formats.gguf_blocks import PackedTensor, dequantize
+from danlu.formats.gguf_blocks import dequantize
 from danlu.formats.weights import TensorInfo, Weights
+from danlu.models.gguf_metadata import Metadata, Stored, rounded
 from danlu.models.gguf_names import (
     ARCHITECTURES,
     KEYS,
@@ -29,38 +27,14 @@ from danlu.models.gguf_names import (
     Turned,
     architecture_of,
 )
+from danlu.models.gguf_rope import FREQUENCIES, LONG_FACTORS, SHORT_FACTORS, rope_fields
 
 MAX_LAYERS, MAX_EXPERTS = 10_000, 10_000
-
-FREQUENCIES = "rope_freqs.weight"
-LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 # The 27B models of Gemma scale scores by dim / heads; llama.cpp knows them by their number of layers.
 LARGE_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 _IDS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
-
-
-class Stored(Protocol):
-    """What is needed of a :class:`danlu.formats.gguf_file.GGUFFile`."""
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """Key -> value."""
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """Name -> what is known of the tensor."""
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, dequantised to fp32 where it is quantised."""
-
-    def packed(self, name: str) -> PackedTensor:
-        """A tensor as its bytes lie in the file."""
 
 
 def from_gguf(file: Stored) -> tuple[Weights, dict[str, Any]]:
@@ -81,93 +55,6 @@ def from_gguf(file: Stored) -> tuple[Weights, dict[str, Any]]:
     content = _config(file, metadata, architecture)
     metadata.finish()
     return HFView(file, architecture, content), content
-
-
-class Metadata:
-    """The metadata of a file's architecture, and which of its keys have been read."""
-
-    def __init__(self, file: Stored) -> None:
-        self.path, self._all = file.path, file.metadata
-        kind = self._all.get("general.type", "model")
-        if kind != "model":
-            raise DanluError(f"{file.path}: is of the type {kind!r}, not a model")
-        architecture = self._all.get("general.architecture")
-        if not isinstance(architecture, str):
-            raise DanluError(f"{file.path}: names no architecture (general.architecture)")
-        self.architecture = architecture
-        self._read: set[str] = set()
-
-    def error(self, key: str, message: str) -> DanluError:
-        """An error that names file and key."""
-        return DanluError(f"{self.path}: {self.architecture}.{key} {message}")
-
-    def get(self, key: str) -> Any:
-        """The value of a key, None where it is absent; the architecture stands in front of the key."""
-        self._read.add(key)
-        return self._all.get(f"{self.architecture}.{key}")
-
-    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**31 - 1) -> int:
-        """A whole number; required without a default. A list that says the same for every layer counts as one."""
-        value = self.get(key)
-        if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]
-        if isinstance(value, list):
-            raise self.error(key, "differs from layer to layer, which is not supported")
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise self.error(key, "is missing")
-        if type(value) is not int or not least <= value <= most:
-            raise self.error(key, f"is {value!r:.60}; expected a whole number from {least} to {most}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number; required without a default."""
-        value = self.get(key)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            raise self.error(key, "is missing")
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(key, f"is {value!r:.60}; expected a number")
-        return shortest(float(value))
-
-    def only(self, key: str, *values: Any) -> None:
-        """Refuse a value that cannot be honoured; absent ones can."""
-        value = self.get(key)
-        if value is not None and value not in values:
-            expected = " or ".join(map(repr, values))
-            raise self.error(key, f"is {value!r:.60}, which is not supported; supported: {expected}")
-
-    def token_id(self, name: str) -> int | None:
-        """The id of a token by its role."""
-        value = self._all.get(f"tokenizer.ggml.{name}")
-        return value if type(value) is int else None
-
-    def finish(self) -> None:
-        """Refuse keys of the architecture that nobody has read. Zero, false and empty stand for their absence."""
-        prefix = f"{self.architecture}."
-        unread = [
-            key
-            for key, value in self._all.items()
-            if key.startswith(prefix) and key.removeprefix(prefix) not in self._read and value not in (0, False, "", [])
-        ]
-        if unread:
-            raise DanluError(
-                f"{self.path}: {', '.join(sorted(unread))}: not known for this architecture, and may change what the "
-                "model computes"
-            )
-
-
-def shortest(value: float) -> float:
-    """The shortest decimal that is the same number in fp32: 1e-05 where a file says 9.999999747378752e-06."""
-    try:
-        raw = struct.pack("<f", value)
-    except OverflowError:
-        return value
-    if struct.unpack("<f", raw)[0] != value:
-        return value
-    return next(short for n in range(6, 18) if struct.pack("<f", short := float(f"{value:.{n}g}")) == raw)
 
 
 # ---- config.json
@@ -198,11 +85,11 @@ def _config(file: Stored, metadata: Metadata, architecture: Architecture) -> dic
     metadata.only("tensor_data_layout", "Meta AI original pth")  # says only how rows are turned, as they always are
 
     head_dim = _head_dim(metadata, architecture, content)
-    metadata.only("attention.scale", 0.0, _float32(head_dim**-0.5))
+    metadata.only("attention.scale", 0.0, rounded(head_dim**-0.5))
     content |= _biases(file, architecture)
     content |= _windows(metadata, architecture, content["num_hidden_layers"])
     content |= _gemma(metadata, content, head_dim)
-    content |= _rope(file, metadata, architecture, content, head_dim)
+    content |= rope_fields(file, metadata, architecture, content, head_dim)
     content["tie_word_embeddings"] = "output.weight" not in file.infos
     for role, field in _IDS.items():
         if (token_id := metadata.token_id(role)) is not None and token_id < content["vocab_size"]:
@@ -261,137 +148,6 @@ def _gemma(metadata: Metadata, content: Mapping[str, Any], head_dim: int) -> dic
     keys = ("attn_logit_softcapping", "final_logit_softcapping")
     caps = {key: metadata.number(key, cap) or None for key, cap in zip(keys, usual, strict=True)}
     return {"query_pre_attn_scalar": scalar, **caps}
-
-
-# ---- rotary positions
-
-
-def _rope(
-    file: Stored, metadata: Metadata, architecture: Architecture, content: Mapping[str, Any], head_dim: int
-) -> dict[str, Any]:
-    """``rope_theta`` and its like, which both generations of transformers read."""
-    found: dict[str, Any] = {"rope_theta": metadata.number("rope.freq_base", 10_000.0)}
-    turned = metadata.integer("rope.dimension_count", head_dim)
-    if turned != head_dim or architecture.model_type == "glm4":
-        found["partial_rotary_factor"] = turned / head_dim
-    if architecture.model_type == "gemma3_text":
-        found["rope_local_base_freq"] = metadata.number("rope.freq_base_swa", 10_000.0)
-    metadata.get("rope.scaling.finetuned")  # tells of the training
-    kind = metadata.get("rope.scaling.type")
-    factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0))
-    original = metadata.integer("rope.scaling.original_context_length", 0, least=0)
-    attention_factor = metadata.number("rope.scaling.attn_factor", 0.0)
-    if LONG_FACTORS in file.infos or SHORT_FACTORS in file.infos:
-        found["rope_scaling"] = {
-            "rope_type": "longrope",
-            "short_factor": _factors(file, SHORT_FACTORS, turned),
-            "long_factor": _factors(file, LONG_FACTORS, turned),
-            **({"attention_factor": attention_factor} if attention_factor else {}),
-        }
-        found["original_max_position_embeddings"] = original or content["max_position_embeddings"]
-        return found
-    if kind not in (None, "none", "linear", "yarn"):
-        raise metadata.error("rope.scaling.type", f"is {kind!r:.60}, which is not supported; supported: linear, yarn")
-    if FREQUENCIES in file.infos:
-        if factor not in (0.0, 1.0):
-            raise metadata.error("rope.scaling.factor", f"comes with {FREQUENCIES}, which scales already")
-        dividers = _factors(file, FREQUENCIES, turned)
-        if any(divider != 1.0 for divider in dividers):
-            scaling = llama3_scaling(dividers, found["rope_theta"], turned, original)
-            if scaling is None:
-                raise DanluError(f"{file.path}: {FREQUENCIES} scales the positions in another way than Llama 3 does")
-            found["rope_scaling"] = scaling
-    elif kind == "yarn" and factor not in (0.0, 1.0):
-        metadata.only("rope.scaling.yarn_ext_factor", 1.0)
-        metadata.only("rope.scaling.yarn_attn_factor", 1.0)
-        # llama.cpp multiplies YaRN's own factor, 0.1 ln(s) + 1, by the file's.
-        own = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-        found["rope_scaling"] = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original or content["max_position_embeddings"],
-            "beta_fast": metadata.number("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": metadata.number("rope.scaling.yarn_beta_slow", 1.0),
-            **({"attention_factor": attention_factor * own} if attention_factor not in (0.0, 1.0) else {}),
-        }
-        return found
-    elif kind != "none" and factor not in (0.0, 1.0):
-        found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    if attention_factor not in (0.0, 1.0):
-        raise metadata.error("rope.scaling.attn_factor", f"is {attention_factor:g}, which is not supported here")
-    return found
-
-
-def _factors(file: Stored, name: str, turned: int) -> list[float]:
-    """A divider for each pair of dimensions."""
-    info = file.infos.get(name)
-    if info is None or info.shape != (turned // 2,) or info.dtype not in ("F32", "F16", "BF16"):
-        raise DanluError(f"{file.path}: {name} must hold {turned // 2} numbers")
-    values = file.tensor(name).float()
-    if not (values.isfinite() & (values > 0)).all():
-        raise DanluError(f"{file.path}: {name} must hold positive numbers")
-    return [shortest(value) for value in values.tolist()]
-
-
-def llama3_scaling(dividers: Sequence[float], base: float, turned: int, original: int = 0) -> dict[str, Any] | None:
-    """Llama 3.1's parameters that give these dividers of the frequencies, None if none do.
-
-    Between the ends the divider d of frequency f mixes 1 and the factor s: (1/d - 1/s) / (1 - 1/s) =
-    (original f / 2 pi - low) / (high - low), a straight line in f. Its slope and its zero are all there is to know: the
-    three parameters may be scaled together, so ``original`` is free to choose.
-
-    Args:
-        dividers: one for each pair of dimensions, frequencies falling.
-        base: of the rotary positions.
-        turned: how many dimensions of a head are turned.
-        original: the trained context, if it is known.
-    """
-    original = original or 8192  # of every Llama 3
-    factor = max(dividers)
-    candidates = [(1.0, 4.0)]
-    turns = [original * base ** (-2 * i / turned) / (2 * math.pi) for i in range(turned // 2)]
-    points = [
-        (turn, (1 / divider - 1 / factor) / (1 - 1 / factor))
-        for turn, divider in zip(turns, dividers, strict=True)
-        if 1.0 < divider < factor
-    ]
-    if len(points) >= 2:
-        (x0, y0), (x1, y1) = points[0], points[-1]
-        width = (x0 - x1) / (y0 - y1) if y0 != y1 else math.inf
-        low = x0 - y0 * width
-        candidates.append((float(f"{low:.4g}"), float(f"{low + width:.4g}")))
-        candidates.append((low, low + width))
-    for low, high in candidates:
-        if 0 < low < high and _is_llama3(dividers, turns, factor, low, high):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
-    return None
-
-
-def _is_llama3(dividers: Sequence[float], turns: Sequence[float], factor: float, low: float, high: float) -> bool:
-    found = llama3_dividers(turns, factor, low, high)
-    return all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(found, dividers, strict=True))
-
-
-def llama3_dividers(turns: Sequence[float], factor: float, low: float, high: float) -> list[float]:
-    """What Llama 3.1 divides each frequency by.
-
-    Args:
-        turns: how often each pair of dimensions turns within the original context.
-        factor, low, high: ``factor``, ``low_freq_factor`` and ``high_freq_factor``.
-    """
-    mixed = [min(max((turn - low) / (high - low), 0.0), 1.0) for turn in turns]
-    return [1 / ((1 - share) / factor + share) for share in mixed]
-
-
-def _float32(value: float) -> float:
-    found: float = struct.unpack("<f", struct.pack("<f", value))[0]
-    return found
 
 
 # ---- weights

@@ -27,8 +27,9 @@ from danlu.formats.gguf_write import GGUFTensor, Typed
 from danlu.formats.weights import TensorInfo, Weights
 from danlu.models.causal_lm import CausalLM
 from danlu.models.family import Family, family_for
-from danlu.models.gguf import FREQUENCIES, from_gguf, llama3_dividers, neighbours
+from danlu.models.gguf import from_gguf, neighbours
 from danlu.models.gguf_names import MODEL_TYPES, Architecture, Shifted, Source, Stacked, Turned, architecture_for
+from danlu.models.gguf_rope import FREQUENCIES, llama3_dividers
 from danlu.models.hf_config import HFConfig
 from danlu.models.names import rules
 from danlu.nn.config import ModelConfig, Rope

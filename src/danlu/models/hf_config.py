@@ -142,7 +142,6 @@ class HFConfig:
         *,
         default_base: float = 10_000.0,
         default_share: float | None = None,
-        key: str | None = None,
     ) -> Rope:
         """Rotary positions from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``.
 
@@ -150,15 +149,9 @@ class HFConfig:
             default_base: the base where the config gives none.
             default_share: the share of each head that is turned where the config gives none. None: this family turns
                 whole heads, and another share is refused.
-            key: which of several sets of parameters, for families that turn some layers otherwise.
         """
-        parameters = self.get("rope_parameters")
-        legacy = self.get("rope_scaling")
-        parameters = parameters if parameters is not None else legacy
-        if key is not None and isinstance(parameters, dict) and key in parameters:
-            parameters = parameters[key]
-        if parameters is None:
-            parameters = {}
+        new, old = self.get("rope_parameters"), self.get("rope_scaling")
+        parameters = old or new or {}  # where both are, transformers goes by the old one
         if not isinstance(parameters, dict):
             raise self.error(f"the rotary parameters are {parameters!r}; expected an object")
         inner = HFConfig(parameters, f"{self.where}: rotary parameters")
