@@ -111,7 +111,8 @@ report()
 
 GENERATE = """
 model = load_model(sys.argv[1])
-list(generate_tokens(model, [i % 8192 for i in range(int(sys.argv[2]))], SamplingParams(max_new_tokens=4, temperature=0)))
+prompt = [i % 8192 for i in range(int(sys.argv[2]))]
+list(generate_tokens(model, prompt, SamplingParams(max_new_tokens=4, temperature=0)))
 report()
 """
 
