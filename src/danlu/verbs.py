@@ -58,6 +58,8 @@ VERBS: tuple[Verb, ...] = (
          "Continue a prompt."),
     Verb("chat", "danlu.engine.config:ChatConfig", "danlu.engine.verbs:chat",
          "Talk to a model."),
+    Verb("convert", "danlu.models.convert_config:ConvertConfig", "danlu.models.convert:convert",
+         "Convert a model: Hugging Face folder and GGUF file into each other, and into other types."),
     Verb("plan", "danlu.planning.config:PlanConfig", "danlu.planning.plan:plan",
          "Memory, work and time that a model needs, for training and for inference, in each format."),
     Verb("numbers", "danlu.planning.config:NumbersConfig", "danlu.planning.numbers:numbers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from danlu.config import validate
 from danlu.engine.config import ChatConfig, GenerateConfig
@@ -17,6 +19,7 @@ from danlu.engine.sampling import SamplingParams
 from danlu.engine.verbs import chat, fit_context, generate, open_model
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
+from danlu.models.causal_lm import CausalLM
 from danlu.tokenizer.tokenizer import Tokenizer
 
 GREEDY = ("--temperature", "0", "--precision", "fp32")
@@ -28,7 +31,7 @@ def danlu(*words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[byt
 
 
 def expected(folder: Path, prompt: str | list[int], n: int) -> str:
-    model, tokenizer = open_model(folder, "cpu", "fp32")
+    model, tokenizer = open_model(folder, "cpu", "fp32", CausalLM)
     return generate_text(model, tokenizer, [prompt], SamplingParams(temperature=0, max_new_tokens=n))[0].text
 
 
@@ -173,3 +176,24 @@ def test_chat_says_when_it_forgets_and_goes_on_after_a_message_that_is_too_long(
     assert b"forgotten" in done.stderr
     assert b"shorten it" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_generate_answers_with_an_encoder_decoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from danlu.tokenizer.train import train_on
+
+    tokenizer = train_on([f"def f{i}(x): return x + {i}" for i in range(200)], 300)
+    tokenizer.save(tmp_path)
+    config = T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=tokenizer.pad_id
+    )
+    theirs = T5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    wish = GenerateConfig(model=tmp_path, prompt="def f1(x)", temperature=0, max_new_tokens=8)
+    (shown,) = generate(wish)
+    assert capsys.readouterr().out == shown + "\n"
+    ids = torch.tensor([tokenizer.encode_for_encoder("def f1(x)")[0]])
+    expected = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=list(tokenizer.stop_ids))[0, 1:]
+    assert shown == tokenizer.decode(expected.tolist(), skip_special=True)
+    assert generate(dataclasses.replace(wish, json=True)) == [shown]

@@ -5,63 +5,83 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from danlu import console
 from danlu.config import validate
 from danlu.engine.config import ChatConfig, GenerateConfig
-from danlu.engine.generate import generate_text, stream_text
+from danlu.engine.generate import Completion, generate_text, stream_text
 from danlu.engine.sampling import SamplingParams
+from danlu.engine.seq2seq import generate_seq2seq
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
 from danlu.hardware import DTYPES, pick_device, pick_precision
 from danlu.models.causal_lm import CausalLM
-from danlu.models.load import load_model
+from danlu.models.encoder_decoder import EncoderDecoder
+from danlu.models.load import Model, load_model, tasks_of
 from danlu.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
+M = TypeVar("M", bound=Model)
 
 COMMANDS = "/reset forgets the conversation, /system TEXT sets the system message, /exit or Ctrl-D leaves"
 
 
-def open_model(folder: Path, device: str, precision: str) -> tuple[CausalLM, Tokenizer]:
+def open_model(folder: Path, device: str, precision: str, kind: type[M]) -> tuple[M, Tokenizer]:
     """A model and its tokenizer, ready to run.
 
     Raises:
-        DanluError: the folder is missing, incomplete, of another kind, or in a format that cannot be run yet.
+        DanluError: the folder is missing, incomplete or of another kind.
     """
-    if folder.is_dir():
-        card = card_if_any(folder)
-        if card is not None and card.kind != "model":
-            raise DanluError(f"{folder}: is a {card.kind} folder; expected a model folder")
-        gguf = next(folder.glob("*.gguf"), None)
-        if gguf is not None and not (folder / "config.json").exists():
-            raise DanluError(f"{gguf}: GGUF files can be pulled but not run yet; use a folder with model.safetensors")
+    _require_model(folder)
     place = pick_device(device)
-    model = load_model(folder, device=place, dtype=DTYPES[pick_precision(precision, place)])
+    model = load_model(folder, kind, device=place, dtype=DTYPES[pick_precision(precision, place)])
     return model, Tokenizer.load(folder)
+
+
+def _require_model(path: Path) -> None:
+    card = card_if_any(path) if path.is_dir() else None
+    if card is not None and card.kind != "model":
+        raise DanluError(f"{path}: is a {card.kind} folder; expected a model folder")
 
 
 def generate(config: GenerateConfig) -> list[str]:
     """Continue one prompt, streamed to standard output, or each prompt of a file; returns the answers.
+
+    An encoder-decoder (T5, BART) reads the prompt and answers it.
 
     Raises:
         DanluError: no prompt, a prompt that does not fit the model, or a folder that is not a model.
     """
     config = validate(config)
     prompts = _read_prompts(config)
-    model, tokenizer = open_model(config.model, config.device, config.precision)
-    if not config.json and config.prompts_file is None:
-        pieces = []
-        for piece in stream_text(model, tokenizer, prompts[0], config):
-            pieces.append(piece)
-            _show(piece)
-        _show("\n")
-        return ["".join(pieces)]
     params = [_with_own_seed(config, i) for i in range(len(prompts))]
+    where = (config.model, config.device, config.precision)
+    streamed = not config.json and config.prompts_file is None
+    complete: Callable[..., list[Completion]]
+    _require_model(config.model)
+    if "seq2seq" in tasks_of(config.model):
+        encoder_decoder, tokenizer = open_model(*where, EncoderDecoder)
+        complete = partial(generate_seq2seq, encoder_decoder)
+        if streamed:
+            [completion] = complete(tokenizer, prompts, params)
+            _show(completion.text + "\n")
+            return [completion.text]
+    else:
+        model, tokenizer = open_model(*where, CausalLM)
+        complete = partial(generate_text, model)
+        if streamed:
+            pieces = []
+            for piece in stream_text(model, tokenizer, prompts[0], config):
+                pieces.append(piece)
+                _show(piece)
+            _show("\n")
+            return ["".join(pieces)]
     with console.progress("generating", len(prompts), "prompts") as advance:
-        completions = generate_text(model, tokenizer, prompts, params, batch_size=config.batch_size, progress=advance)
+        completions = complete(tokenizer, prompts, params, batch_size=config.batch_size, progress=advance)
     for prompt, completion in zip(prompts, completions, strict=True):
         print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False), flush=True)
     return [completion.text for completion in completions]
@@ -111,7 +131,7 @@ def chat(config: ChatConfig) -> list[Message]:
         DanluError: the folder is not a model, or has no chat template.
     """
     config = validate(config)
-    model, tokenizer = open_model(config.model, config.device, config.precision)
+    model, tokenizer = open_model(config.model, config.device, config.precision, CausalLM)
     system, messages = config.system, _opening(config.system)
     tokenizer.encode_chat([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)  # has a template?
     card = card_if_any(config.model)

@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     config = validate(config)
     data = DataFolder(config.data)
-    model, tokenizer = open_model(config.model, config.device, "fp32")
+    model, tokenizer = open_model(config.model, config.device, "fp32", CausalLM)
     precision = pick_precision(config.precision, model.device)
     model.compute_dtype = DTYPES[precision]
     stage = None

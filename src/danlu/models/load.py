@@ -112,6 +112,12 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     return weights, _read_object(folder / "config.json")
 
 
+def tasks_of(path: str | Path) -> frozenset[Task]:
+    """What the family of a model folder or GGUF file has heads for."""
+    path = Path(path)
+    return frozenset(family_for(_open(path)[1], str(path)).heads)
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """The shape of a model folder or GGUF file; its weights are not read.
 

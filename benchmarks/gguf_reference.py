@@ -1,0 +1,148 @@
+"""What llama.cpp continues SmolLM2 with: `python benchmarks/gguf_reference.py MODEL.gguf --json REFERENCE.json`.
+
+Twenty prompts (prose, code, questions, chats), continued greedily by llama.cpp (`pip install llama-cpp-python`), whose
+tokens danlu's tests compare theirs with. Twice: from the file as it is, where llama.cpp rounds activations to 8 bits in
+front of every product with 4-bit weights, and from the same weights as `danlu convert ... --dtype f32` writes them,
+where it does not. danlu, in fp32, continues them too; a table tells how many of the twenty agree, and one JSON line
+ends the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from danlu.engine.generate import Decoder
+from danlu.engine.sampling import SamplingParams
+from danlu.models.causal_lm import CausalLM
+from danlu.models.convert import convert
+from danlu.models.convert_config import ConvertConfig
+from danlu.models.load import load_model
+from danlu.tokenizer.tokenizer import Tokenizer
+
+TOKENS = 48
+SETTINGS = {"n_ctx": 512, "n_batch": 512, "n_threads": 1, "flash_attn": False, "type_k": 0, "type_v": 0}
+"""Of llama.cpp: one thread, so that sums have one order, and keys and values kept in fp32 (type 0)."""
+
+PROMPTS: list[str | list[dict[str, str]]] = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea, there lived",
+    "Water boils at a lower temperature on a mountain because",
+    "The three most important inventions of the nineteenth century were",
+    "To bake a loaf of bread, you first",
+    "In the year 1969, two astronauts",
+    "The difference between a virus and a bacterium is that",
+    "Photosynthesis is the process by which",
+    "Dear Ms. Alvarez,\n\nThank you for your letter of",
+    "Q: How many legs does a spider have?\nA:",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "def fibonacci(n):\n    ",
+    "import json\n\n\ndef read_config(path):\n    with open(path) as file:\n",
+    "SELECT name, COUNT(*) FROM orders\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "<ul>\n  <li>apples</li>\n  <li>",
+    [{"role": "user", "content": "What is the capital of Japan?"}],
+    [{"role": "user", "content": "Write a haiku about rain."}],
+    [{"role": "system", "content": "You answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}],
+    [
+        {"role": "user", "content": "My name is Lin."},
+        {"role": "assistant", "content": "Nice to meet you, Lin!"},
+        {"role": "user", "content": "What is my name?"},
+    ],
+]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | list[dict[str, str]]) -> list[int]:
+    """A text after the token that begins documents; a chat by the model's template."""
+    if isinstance(prompt, str):
+        return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id, *tokenizer.encode(prompt)]
+    return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+
+
+def by_llama_cpp(path: Path, prompts: list[list[int]], stop_ids: set[int]) -> tuple[list[list[int]], list[float]]:
+    """Tokens of each prompt until a stop token, which is kept, and the smallest lead of a token over the second."""
+    import llama_cpp
+
+    model = llama_cpp.Llama(str(path), logits_all=True, verbose=False, **SETTINGS)
+    found, leads = [], []
+    for ids in prompts:
+        model.reset()
+        model.eval(ids)
+        tokens: list[int] = []
+        lead = float("inf")
+        while len(tokens) < TOKENS and not (tokens and tokens[-1] in stop_ids):
+            first, second = torch.tensor(model.scores[model.n_tokens - 1]).topk(2).values.tolist()
+            tokens.append(int(model.scores[model.n_tokens - 1].argmax()))
+            lead = min(lead, first - second)
+            model.eval(tokens[-1:])
+        found.append(tokens)
+        leads.append(round(lead, 4))
+    return found, leads
+
+
+def by_danlu(model: CausalLM, prompts: list[list[int]], stop_ids: set[int]) -> list[list[int]]:
+    """The same, one prompt at a time."""
+    found = []
+    for ids in prompts:
+        decoder = Decoder(model, [ids], [SamplingParams(max_new_tokens=TOKENS, temperature=0.0)])
+        tokens: list[int] = []
+        while len(tokens) < TOKENS and not (tokens and tokens[-1] in stop_ids):
+            tokens += decoder.step()
+        found.append(tokens)
+    return found
+
+
+def agreement(ours: list[list[int]], theirs: list[list[int]]) -> int:
+    """How many of the prompts are continued alike to the end."""
+    return sum(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def main() -> None:
+    """Run both, print the table, write the reference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf (danlu pull smollm2)")
+    parser.add_argument("--json", type=Path, help="where to write the reference")
+    arguments = parser.parse_args()
+    tokenizer, model = Tokenizer.load(arguments.model), load_model(arguments.model)
+    stop_ids = set(tokenizer.stop_ids)
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in PROMPTS]
+    stored, stored_leads = by_llama_cpp(arguments.model, prompts, stop_ids)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "f32.gguf"
+        convert(ConvertConfig(source=arguments.model, out=plain, dtype="f32"))
+        exact, exact_leads = by_llama_cpp(plain, prompts, stop_ids)
+    ours = by_danlu(model, prompts, stop_ids)
+    counts = {
+        "danlu fp32, llama.cpp F32": agreement(ours, exact),
+        "danlu fp32, llama.cpp Q4_1": agreement(ours, stored),
+        "llama.cpp F32, llama.cpp Q4_1": agreement(exact, stored),
+    }
+    for what, count in counts.items():
+        print(f"{what:<48} {count} of {len(prompts)}")
+    reference: dict[str, Any] = {
+        "command": "python benchmarks/gguf_reference.py SmolLM2-135M-Instruct.Q4_1.gguf --json "
+        "tests/models/smollm2_greedy.json",
+        "llama_cpp_python": metadata.version("llama-cpp-python"),
+        "settings": SETTINGS,
+        "tokens": TOKENS,
+        "agreement": counts,
+        "prompts": [
+            {"prompt": prompt, "ids": ids, "f32": a, "f32_lead": b, "q4_1": c, "q4_1_lead": d}
+            for prompt, ids, a, b, c, d in zip(PROMPTS, prompts, exact, exact_leads, stored, stored_leads, strict=True)
+        ],
+    }
+    if arguments.json:
+        lines = [json.dumps(row, ensure_ascii=False) for row in reference.pop("prompts")]
+        head = json.dumps(reference, ensure_ascii=False, indent=1).removesuffix("\n}")
+        arguments.json.write_text(f'{head},\n "prompts": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
+    print(json.dumps({"benchmark": "gguf_reference", **counts}))
+
+
+if __name__ == "__main__":
+    main()
