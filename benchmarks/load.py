@@ -1,9 +1,9 @@
 """From a model folder to the first logits: `python benchmarks/load.py`.
 
 A folder in the shape of SmolLM2-135M with random weights, opened by danlu and by transformers in processes of their
-own, in turns (A B A B), files in the page cache. Measured inside each process: seconds of imports, seconds from the path
-to the logits of a prompt of 16 tokens, and the peak of the resident memory above what the imports take, as a share of
-the weights. One JSON line ends the output. Nothing else should run on the machine.
+own, in turns (A B A B), files in the page cache. Measured inside each process: seconds of imports, seconds from the
+path to the logits of a prompt of 16 tokens, and the peak of the resident memory above what the imports take, as a share
+of the weights. One JSON line ends the output. Nothing else should run on the machine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Long prompts in bounded memory: `python benchmarks/long_context.py`.
 
-A small random Llama with YaRN reads prompts of growing length and writes 16 tokens, each length in a process of its own:
+A small random Llama with YaRN reads prompts of growing length and writes 16 tokens, each length in its own process:
 seconds, tokens per second, and the peak of the resident memory above what the imports take, beside what `danlu plan`
 expects and beside the one score matrix (heads x tokens x tokens) that reading the prompt in one piece without a fused
 kernel would hold. One JSON line ends the output.
@@ -69,7 +69,9 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.one, longest)))
         return
-    print(f"{'tokens':>8}{'prefill s':>11}{'tok/s':>9}{'decode tok/s':>14}{'peak MB':>9}{'planned':>9}{'one piece':>11}")
+    print(
+        f"{'tokens':>8}{'prefill s':>11}{'tok/s':>9}{'decode tok/s':>14}{'peak MB':>9}{'planned':>9}{'one piece':>11}"
+    )
     rows = []
     for tokens in given.lengths:
         command = [sys.executable, __file__, "--one", str(tokens), "--lengths", str(longest)]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.data.config import DataConfig as DataConfig
     from danlu.data.mining import MineConfig as MineConfig
     from danlu.data.mining import mine_instructions as mine_instructions
+    from danlu.engine.classify_config import ClassifyConfig as ClassifyConfig
+    from danlu.engine.classify_verb import classify as classify
     from danlu.engine.config import ChatConfig as ChatConfig
     from danlu.engine.config import GenerateConfig as GenerateConfig
     from danlu.engine.verbs import chat as chat

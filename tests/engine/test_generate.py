@@ -23,7 +23,7 @@ BOS, STOP = 256, 257
 class ByteTokenizer:
     """What generation needs of a tokenizer, at one byte a token."""
 
-    bos_id, stop_ids, vocab_size = BOS, (STOP,), 258
+    bos_id, stop_ids, vocab_size, add_bos = BOS, (STOP,), 258, True
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -31,8 +31,8 @@ class ByteTokenizer:
     def decode_bytes(self, ids: list[int]) -> bytes:
         return bytes(i for i in ids if i < 256)
 
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        return self.decode_bytes(ids).decode(errors="replace")
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= 256
 
 
 TOKENIZER = ByteTokenizer()

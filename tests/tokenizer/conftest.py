@@ -1,23 +1,23 @@
 """A small tokenizer of Python source and some Chinese, Japanese and Korean, trained once."""
 
-import argparse
-import inspect
-import json
-import textwrap
 from pathlib import Path
 
 import pytest
+from tokenizer_corpus import EAST, SOURCES
 
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.tokenizer.train import train_on
 
-EAST = "我们在训练一个小模型，它会写代码。これはテストです。カタカナ。한국어 문장입니다.\n" * 20
-
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    sources = [inspect.getsource(module) for module in (argparse, inspect, json, textwrap)]
-    return train_on([*sources, EAST], vocab_size=1200)
+    return train_on([*SOURCES, EAST], vocab_size=1200)
+
+
+@pytest.fixture(scope="session")
+def own_cuts() -> Tokenizer:
+    """Trained with the pattern that llama.cpp does not know."""
+    return train_on([*SOURCES, EAST], vocab_size=1200, pre_tokens="danlu")
 
 
 @pytest.fixture(scope="session")

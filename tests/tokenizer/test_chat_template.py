@@ -76,7 +76,8 @@ def test_transformers_opens_the_folder_and_gives_the_same_ids(
         " a  b ",
         "'start' it's",
     ):
-        assert oracle(text)["input_ids"] == tokenizer.encode(text)
+        assert oracle(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+        assert oracle(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]
         assert oracle.decode(tokenizer.encode(text)) == text
     for name in ("bos", "eos", "pad"):
         assert getattr(oracle, f"{name}_token_id") == getattr(tokenizer, f"{name}_id")

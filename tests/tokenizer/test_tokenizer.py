@@ -132,6 +132,20 @@ def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("def f(x):\n        return x", ["def", " f", "(x", "):\n", "       ", " return", " x"]),
+        ("x = 'start'  # IT's\n", ["x", " =", " '", "start", "'", " ", " #", " IT", "'s", "\n"]),
+        ("2026-11-22", ["202", "6", "-", "11", "-", "22"]),
+        ("用Python写代码", ["用Python写代码"]),
+    ],
+)
+def test_where_text_is_cut_by_default(tokenizer: Tokenizer, text: str, expected: list[str]) -> None:
+    """As Llama 3 cuts it, so that llama.cpp can read the vocabulary."""
+    assert pieces(tokenizer, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("def f(x):\n        return x", ["def", " f", "(x", "):\n        ", "return", " x"]),
         ("x = 'start'  # it's\n", ["x", " =", " '", "start", "'", " ", " #", " it", "'s", "\n"]),
         ("2026-11-22", ["20", "26", "-", "11", "-", "22"]),
@@ -143,20 +157,20 @@ def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
         ("a\n\n\n    b", ["a", "\n\n\n    ", "b"]),
     ],
 )
-def test_where_text_is_cut(tokenizer: Tokenizer, text: str, expected: list[str]) -> None:
-    assert pieces(tokenizer, text) == expected
+def test_where_text_is_cut_by_our_own_pattern(own_cuts: Tokenizer, text: str, expected: list[str]) -> None:
+    assert pieces(own_cuts, text) == expected
 
 
-def test_a_chinese_sentence_is_no_single_piece(tokenizer: Tokenizer) -> None:
+def test_a_chinese_sentence_is_no_single_piece(own_cuts: Tokenizer) -> None:
     sentence = "中国人民共和国成立以后的第一部宪法是在什么时候通过的呢"
-    assert "".join(pieces(tokenizer, sentence)) == sentence
-    assert max(map(len, pieces(tokenizer, sentence))) <= 12
+    assert "".join(pieces(own_cuts, sentence)) == sentence
+    assert max(map(len, pieces(own_cuts, sentence))) <= 12
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=any_text)
-def test_pieces_cover_the_text_and_keep_scripts_apart(tokenizer: Tokenizer, text: str) -> None:
-    found = pieces(tokenizer, text)
+def test_pieces_cover_the_text_and_keep_scripts_apart(own_cuts: Tokenizer, text: str) -> None:
+    found = pieces(own_cuts, text)
     assert "".join(found) == text
     for piece in found:
         assert not (any("a" <= c.lower() <= "z" for c in piece) and any("\u4e00" <= c <= "\u9fff" for c in piece))

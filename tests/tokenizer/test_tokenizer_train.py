@@ -127,6 +127,8 @@ def test_not_a_data_folder(tmp_path: Path) -> None:
 
 
 def test_indentation_pays(data: Path) -> None:
-    """The pre-token pattern takes a newline and the indentation together; source code gets longer tokens for it."""
+    """Our own pattern takes a newline and the indentation together; source code gets longer tokens for it."""
     texts = [d.text for d in DataFolder(data).documents("train") if d.kind == "text"]
-    assert bytes_per_token(train_on(texts, 2000), texts) > 3.6
+    own = bytes_per_token(train_on(texts, 2000, pre_tokens="danlu"), texts)
+    assert own > 3.6
+    assert own > 1.05 * bytes_per_token(train_on(texts, 2000), texts)

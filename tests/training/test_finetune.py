@@ -102,7 +102,7 @@ def test_it_learns_the_answers_and_not_the_prompts(make: Callable[..., FinetuneC
             ids, mask = tokenizer.encode_chat_with_mask(row["messages"])
             targets = torch.tensor([[i if m == wanted else -100 for i, m in zip(ids[1:], mask[1:], strict=True)]])
             hidden = model.hidden_states(torch.tensor([ids[:-1]]))
-            total += next_token_nll_sum(hidden, model.head.weight, targets).item()
+            total += next_token_nll_sum(model.head(hidden), targets).item()
         return total
 
     assert loss(out, True) < 0.5 * loss(base, True)
@@ -124,7 +124,7 @@ def test_first_loss_is_the_mean_over_answer_tokens(make: Callable[..., FinetuneC
             here = segments == number
             assert positions[here][0] == 0
             hidden = model.hidden_states(ids[here][None])  # each example alone, as if it had never been packed
-            total += next_token_nll_sum(hidden, model.head.weight, targets[here][None]).item()
+            total += next_token_nll_sum(model.head(hidden), targets[here][None]).item()
             count += int((targets[here] != IGNORE).sum())
     assert read_metrics(out / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, abs=1e-4)
 

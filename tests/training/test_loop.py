@@ -55,7 +55,7 @@ def gradients(model: CausalLM, batches: list[Batch]) -> list[Tensor]:
     n_targets = sum(batch.n_targets for batch in batches)
     for batch in batches:
         hidden = model.hidden_states(batch.ids, batch.positions, batch.segments)
-        (next_token_nll_sum(hidden, model.head.weight, batch.targets) / n_targets).backward()
+        (next_token_nll_sum(model.head(hidden), batch.targets) / n_targets).backward()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
@@ -90,16 +90,16 @@ def test_loss_is_the_cross_entropy_of_transformers(workbench, make_config: MakeC
 
     model = load_model(out)
     ids = torch.randint(0, 360, (2, 32), generator=torch.Generator().manual_seed(0))
-    ours = next_token_nll_sum(model.hidden_states(ids[:, :-1]), model.head.weight, ids[:, 1:])
+    ours = next_token_nll_sum(model(ids[:, :-1]), ids[:, 1:])
     theirs = reference(ids, labels=ids).loss * ids[:, 1:].numel()
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-5)
 
 
 def test_masked_positions_cannot_poison_the_loss() -> None:
-    hidden = torch.randn(1, 4, 8)
+    hidden = torch.randn(1, 4, 8)  # logits of 8 tokens
     hidden[0, 2] = torch.nan
     targets = torch.tensor([[1, 2, -100, 3]])
-    assert next_token_nll_sum(hidden, torch.randn(10, 8), targets).isfinite()
+    assert next_token_nll_sum(hidden, targets).isfinite()
 
 
 def test_micro_batches_change_nothing_but_the_last_bits(make_config: MakeConfig) -> None:
@@ -293,7 +293,7 @@ def test_spikes_and_nans_are_skipped(make_config: MakeConfig, workbench) -> None
     # A step whose gradient is not finite leaves the weights alone.
     trainer.total_steps = 10
     before = [p.detach().clone() for p in model.parameters()]
-    trainer.nll_sum = lambda *args: next_token_nll_sum(*args) * float("nan")
+    trainer.nll_sum = lambda *args: trainer._nll_sum(*args) * float("nan")
     trainer._step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert trainer.progress.skipped == 1

@@ -78,6 +78,11 @@ class Batch:
         """Tokens that carry loss."""
         return int((self.targets != IGNORE).sum())
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the model reads, padding included."""
+        return self.ids.numel()
+
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of at most ``rows`` rows."""
         for parts in zip(

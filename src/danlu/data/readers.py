@@ -19,6 +19,8 @@ from danlu.errors import DanluError, MissingExtra
 
 TextType = Literal["prose", "code", "chat"]
 OnError = Callable[[DanluError], None]
+Row = tuple[Any, int, str]
+"""A row of a table as it stands in its file, its number from 1 on, and where that is, for errors."""
 
 TEXT_LIMIT = 64 << 20
 """Characters of a text file kept together. Longer files become several documents, cut at blank lines where there are
@@ -44,6 +46,25 @@ class ReaderOptions:
     text_field: str = ""
     separator: str = ""
     text_type: Literal["auto", "prose", "code"] = "auto"
+
+
+Reader = Callable[[SourceFile, ReaderOptions, OnError], Iterator[Record]]
+RowReader = Callable[[SourceFile, ReaderOptions, OnError], Iterator[Row]]
+
+
+def read_rows(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Row]:
+    """The rows of a table (JSON Lines, JSON, CSV, TSV, Parquet) as they stand, with all their columns. Errors as in
+    :func:`read_records`.
+
+    Raises:
+        DanluError: the file is no table.
+    """
+    if file.format not in _ROWS:
+        raise DanluError(f"{file.path}: is not a table; expected {', '.join(_ROWS)}")
+    try:
+        yield from _ROWS[file.format](file, options, on_error)
+    except DanluError as error:
+        on_error(error)
 
 
 def read_records(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
@@ -144,7 +165,7 @@ def _read_pdf(file: SourceFile, options: ReaderOptions, on_error: OnError) -> It
     yield Record("\n\n".join(pages), "prose", meta={"pages": str(len(pages))})
 
 
-def _read_jsonl(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
+def _jsonl_rows(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Row]:
     with open_bytes(file.path, file.compression) as stream:
         for number, line in enumerate(decode_lines(file.path, stream, options.encoding), start=1):
             if not line.strip():
@@ -157,16 +178,16 @@ def _read_jsonl(file: SourceFile, options: ReaderOptions, on_error: OnError) -> 
                 at = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 on_error(DanluError(f"{where}: is not valid JSON ({reason}{at}); mend the line, or --on-error skip"))
                 continue
-            yield from _row_record(row, number, where, options, on_error)
+            yield row, number, where
 
 
-def _read_json(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
+def _json_rows(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Row]:
     """An array of rows, parsed value by value, or a single row."""
     with open_bytes(file.path, file.compression) as stream:
         for number, (row, line) in enumerate(
             _json_values(file, decode_pieces(file.path, stream, options.encoding)), start=1
         ):
-            yield from _row_record(row, number, f"{file.path}:{line}", options, on_error)
+            yield row, number, f"{file.path}:{line}"
 
 
 def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any, int]]:
@@ -247,8 +268,8 @@ def _json_values(file: SourceFile, pieces: Iterator[str]) -> Iterator[tuple[Any,
         raise broken("something follows the end; JSON Lines must be named .jsonl", at)
 
 
-def _read_table(delimiter: str) -> Callable[[SourceFile, ReaderOptions, OnError], Iterator[Record]]:
-    def read(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
+def _table_rows(delimiter: str) -> RowReader:
+    def read(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Row]:
         csv.field_size_limit(WHOLE_FILE_LIMIT)
         with open_bytes(file.path, file.compression) as stream:
             lines = (line + "\n" for line in decode_lines(file.path, stream, options.encoding))
@@ -269,14 +290,14 @@ def _read_table(delimiter: str) -> Callable[[SourceFile, ReaderOptions, OnError]
                             )
                         )
                         continue
-                    yield from _row_record(dict(zip(header, values, strict=True)), number, where, options, on_error)
+                    yield dict(zip(header, values, strict=True)), number, where
             except csv.Error as error:
                 raise DanluError(f"{file.path}:{rows.line_num}: is not valid CSV ({error}); mend its quotes") from error
 
     return read
 
 
-def _read_parquet(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
+def _parquet_rows(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -290,7 +311,7 @@ def _read_parquet(file: SourceFile, options: ReaderOptions, on_error: OnError) -
             for batch in table.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield from _row_record(row, number, f"{file.path}: row {number}", options, on_error)
+                    yield row, number, f"{file.path}: row {number}"
     except (pa.ArrowException, OSError) as error:
         raise DanluError(
             f"{file.path}: is not a Parquet file that can be read ({error}); fetch or write it again"
@@ -347,14 +368,25 @@ def _valid_unicode(text: str, where: str) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[SourceFile, ReaderOptions, OnError], Iterator[Record]]] = {
+def _records_of(rows: RowReader) -> Reader:
+    def read(file: SourceFile, options: ReaderOptions, on_error: OnError) -> Iterator[Record]:
+        for row, number, where in rows(file, options, on_error):
+            yield from _row_record(row, number, where, options, on_error)
+
+    return read
+
+
+_ROWS: dict[str, RowReader] = {
+    "jsonl": _jsonl_rows,
+    "json": _json_rows,
+    "csv": _table_rows(","),
+    "tsv": _table_rows("\t"),
+    "parquet": _parquet_rows,
+}
+_READERS: dict[str, Reader] = {
     "text": _read_text,
     "code": _read_code,
     "html": _read_html,
     "pdf": _read_pdf,
-    "jsonl": _read_jsonl,
-    "json": _read_json,
-    "csv": _read_table(","),
-    "tsv": _read_table("\t"),
-    "parquet": _read_parquet,
+    **{name: _records_of(rows) for name, rows in _ROWS.items()},
 }

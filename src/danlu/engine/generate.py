@@ -123,9 +123,9 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain (often empty)."""
-        ids = [token_id]
-        shown = self._tokenizer.decode(ids, skip_special=True) != ""
-        return self.push_bytes(self._tokenizer.decode_bytes(ids)) if shown else ""
+        if self._tokenizer.is_special(token_id):
+            return ""
+        return self.push_bytes(self._tokenizer.decode_bytes([token_id]))
 
     def push_bytes(self, data: bytes) -> str:
         """Add the bytes of a token."""
@@ -152,8 +152,11 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids as they are, or text as the start of a document: after the separator that begins every document."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+    """Token ids as they are, or text as the start of a document: behind the token that the family begins one with."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    ids = tokenizer.encode(prompt)
+    return [tokenizer.bos_id, *ids] if tokenizer.add_bos or not ids else ids
 
 
 def generate_tokens(

@@ -22,9 +22,10 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from danlu.errors import DanluError
+from danlu.tokenizer.sandbox import SECONDS, TemplateSandbox, limited
+from danlu.tokenizer.special import THINK
 
 Message = Mapping[str, Any]
 """``role``, ``content`` and, where it applies, ``reasoning_content``, ``tool_calls`` (as in the OpenAI API)."""
@@ -95,25 +96,39 @@ class ChatTemplate:
         self.source = source
         self.variables = dict(variables)
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
+            with limited():
+                self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, SyntaxError) as error:
             raise DanluError(
                 f"chat template: is not valid Jinja ({error}); mend it in tokenizer_config.json"
             ) from error
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        seconds: float = SECONDS,
     ) -> str:
         """The text of a conversation.
 
+        Args:
+            options: further variables: ``documents``, ``enable_thinking`` and whatever else this template reads.
+            seconds: the longest it may take.
+
         Raises:
-            DanluError: the template refuses the conversation, or reaches for what the sandbox forbids.
+            DanluError: the template refuses the conversation, reaches for what the sandbox forbids, or exceeds a limit.
         """
+        own = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        taken = own.keys() & (options or {}).keys()
+        if taken:
+            raise DanluError(f"template_options: {sorted(taken)[0]!r} is not an option of its own; pass it as argument")
         try:
-            return self._template.render(
-                **self.variables, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, AttributeError) as error:
+            with limited(seconds):
+                return self._template.render({**self.variables, "documents": None, **(options or {}), **own})
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise DanluError(f"chat template: cannot render this conversation ({error})") from error
 
 
@@ -176,6 +191,29 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
+def template_of(config: Mapping[str, Any]) -> str | None:
+    """The chat template: one text, or the one named "default" of a list."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def plain_message(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: text parts joined, reasoning apart from the answer."""
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, list) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
+        plain["content"] = content = "".join(p["text"] for p in content)
+    if plain.get("role") == "assistant" and isinstance(content, str) and not plain.get("reasoning_content"):
+        opening, closing = THINK
+        head, found, answer = content.partition(closing)
+        if found and head.lstrip().startswith(opening):
+            plain["reasoning_content"] = head.lstrip().removeprefix(opening).strip()
+            plain["content"] = answer.lstrip()
+    return plain
+
+
 class _Generation(jinja2.ext.Extension):
     """``{% generation %}...{% endgeneration %}``, by which some templates mark what the model writes: its body."""
 
@@ -187,17 +225,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> TemplateSandbox:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
     def tojson(value: Any, **options: Any) -> str:
         return json.dumps(value, **{"ensure_ascii": False, **options})  # Jinja's own would escape <, > and & for HTML
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    environment = TemplateSandbox(
+        {"tojson": tojson}, trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form[:200])
     return environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from danlu.config import REQUIRED, option
 from danlu.tokenizer.special import SPECIAL_TOKENS
@@ -21,6 +22,11 @@ class TokenizerConfig:
         unit="tokens",
         gt=256 + len(SPECIAL_TOKENS),
         le=1_000_000,
+    )
+    pre_tokens: Literal["llama-bpe", "qwen2", "smollm", "gpt-2", "danlu"] = option(
+        "llama-bpe",
+        "Where text is cut before pairs are merged. All but `danlu` are known to llama.cpp, so that the model can be "
+        "exported to GGUF; `danlu` makes tokens of source code 7 % longer.",
     )
     min_frequency: int = option(2, "A pair is merged into a token only if it occurs this often.", ge=1)
     sample_bytes: int = option(

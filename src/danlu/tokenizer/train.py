@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,35 +16,12 @@ from danlu.errors import DanluError
 from danlu.formats.card import Stage
 from danlu.tokenizer.chat_template import CHATML
 from danlu.tokenizer.config import TokenizerConfig
+from danlu.tokenizer.definition import around, finished
+from danlu.tokenizer.pre_tokens import OWN, PRE_TOKENS
 from danlu.tokenizer.special import END_OF_TEXT, KEPT_WHEN_DECODED, PAD, SPECIAL_TOKENS
 from danlu.tokenizer.tokenizer import Tokenizer
 
 MEASURED_BYTES = 64 << 20  # of each split, for the bytes per token on the card
-
-# Text is cut into pieces by this pattern before pairs are merged, so no token crosses a cut. It follows GPT-4's (a
-# word takes the one character before it, blank or not: " word", ".attribute", "_part"), with these changes:
-SCRIPTS_OF_THEIR_OWN = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-PRE_TOKENS = "|".join(
-    (
-        # "it's": the ending is cut off only behind a letter and at the end of a word, since in code 'start' is a
-        # string, not 's + tart.
-        r"(?<=\p{L})'(?i:s|t|re|ve|m|ll|d)(?!\p{L})",
-        # Scripts written without blanks: apart from other scripts, and in stretches of at most 12, or a whole sentence
-        # would be a piece and frequent sentences would become tokens (cl100k and Qwen have such ones). Costs 1 % of
-        # compression on Chinese.
-        r"\p{Han}{1,12}|[\p{Hiragana}ー]{1,12}|[\p{Katakana}ー]{1,12}|[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]{1,12}",
-        r"[^\r\n\p{L}\p{N}]?\p{Hangul}+",
-        r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^" + SCRIPTS_OF_THEIR_OWN + "]]+",
-        # One or two digits: three would spend a tenth of a small vocabulary on numbers, one makes every number longer.
-        r"\p{N}{1,2}",
-        # Punctuation, with the newline and the indentation behind it: `):` and the start of the next line are one
-        # token. In source code this gives 4 % more bytes per token than GPT-4's way, which leaves the last blank of
-        # the indentation to the next word.
-        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?",
-        r"\s*[\r\n]+[ \t]*",
-        r"\s+(?!\S)|\s+",
-    )
-)
 
 
 def train_tokenizer(config: TokenizerConfig) -> Path:
@@ -71,7 +47,10 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         return config.out
     with stage.preparing():
         tokenizer = train_on(
-            _texts(data, "train", config.sample_bytes, "learning"), config.vocab_size, config.min_frequency
+            _texts(data, "train", config.sample_bytes, "learning"),
+            config.vocab_size,
+            config.min_frequency,
+            config.pre_tokens,
         )
     tokenizer.save(stage.out)
 
@@ -92,7 +71,7 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
         details={
             "longest_tokens": [tokenizer.decode([i]) for i in longest],
             "special_tokens": list(SPECIAL_TOKENS),
-            "pre_tokens": PRE_TOKENS,
+            "pre_tokens": config.pre_tokens,
         },
     )
     figures = ", ".join(f"{figure:.2f} bytes per token ({split})" for split, figure in measured.items())
@@ -100,19 +79,18 @@ def train_tokenizer(config: TokenizerConfig) -> Path:
     return config.out
 
 
-def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2, pre_tokens: str = "llama-bpe") -> Tokenizer:
     """Train a tokenizer on a stream of texts, which is read once.
+
+    Args:
+        pre_tokens: ``danlu`` or a name of :data:`danlu.tokenizer.pre_tokens.PRE_TOKENS`.
 
     Raises:
         DanluError: the texts hold too few repeated pairs for ``vocab_size`` tokens.
     """
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pre = OWN if pre_tokens == "danlu" else PRE_TOKENS[pre_tokens]
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=pre.ignore_merges))
+    backend.pre_tokenizer = pre.build()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -127,7 +105,8 @@ def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> T
             f"vocab_size: {vocab_size} tokens are more than the data supports ({found} with min_frequency "
             f"{min_frequency}); choose at most {found}, or give more data"
         )
-    definition = json.loads(backend.to_str())
+    backend.post_processor = around(backend, END_OF_TEXT, None, [END_OF_TEXT])  # a prompt begins like a document
+    definition = finished(backend)
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in KEPT_WHEN_DECODED
     return Tokenizer(
@@ -137,6 +116,8 @@ def train_on(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> T
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "pad_token": PAD,
+            "add_bos_token": True,
+            "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "chat_template": CHATML,
         },

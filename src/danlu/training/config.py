@@ -24,16 +24,27 @@ class TrainingConfig:
         gt=0,
     )
     epochs: float | None = option(None, "Length of the run in passes over the data.", unit="epochs", gt=0)
-    seq_len: int = option(512, "Length of a packed row.", unit="tokens", ge=8, le=131072)
+    seq_len: int = option(
+        512,
+        "Length of a packed row; of a labelled row, what it is cut to if it is longer.",
+        unit="tokens",
+        ge=8,
+        le=131072,
+    )
     batch_tokens: int = option(0, "Tokens per optimizer step; 0 derives it from the size.", unit="tokens", ge=0)
     micro_batch_tokens: int = option(
         0, "Tokens per forward pass; 0 fits it to the machine. Changes memory, not the result.", unit="tokens", ge=0
     )
-    optimizer: Literal["muon", "adamw"] = option(
-        "muon", "Optimizer of the matrices; embeddings and norms always use AdamW."
+    optimizer: Literal["auto", "muon", "adamw"] = option(
+        "auto",
+        "Optimizer of the matrices; embeddings and norms always use AdamW. auto: Muon, but AdamW for labels and pairs.",
     )
     matrix_lr: float | None = option(
-        None, "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW.", gt=0, le=1
+        None,
+        "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW, 5e-5 for labels and pairs; wider "
+        "models get less.",
+        gt=0,
+        le=1,
     )
     embed_lr: float | None = option(None, "Learning rate of the embedding; default derived from the width.", gt=0, le=1)
     head_lr: float | None = option(
@@ -143,16 +154,83 @@ class PretrainConfig(TrainingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
-    """Fine-tune a model on chats, instructions or plain text."""
+    """Fine-tune a model: on chats, instructions or plain text, or to label, tag, translate, summarise."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
     data: Path = option(
         REQUIRED,
-        "Data folder or a .jsonl/.json/.parquet file of chat, ShareGPT, Alpaca, prompt-completion or text rows.",
+        "JSON Lines, JSON, CSV, TSV or Parquet files, or a data folder. causal: chat, ShareGPT, Alpaca, "
+        "prompt-completion or text rows; classify: text, label; tag: tokens, tags, or text, spans, or CoNLL files; "
+        "seq2seq: source, target.",
     )
-    train_on: Literal["assistant", "all"] = option("assistant", "Which tokens carry loss.")
+    task: Literal["causal", "classify", "tag", "seq2seq"] = option(
+        "causal",
+        "What is learned: to go on with a text, labels or numbers of texts, labels of words, or a text for a text "
+        "(encoder-decoders).",
+    )
+    heldout: Path | None = option(
+        None, "File of held-out rows; without it, a folder's test, dev or validation files, else a share of the rows."
+    )
+    heldout_share: float | None = option(
+        None, "Share of the rows held out, by a hash; default 0.02, for labels and pairs 0.1.", ge=0, lt=1
+    )
+    train_on: Literal["assistant", "all"] = option("assistant", "Which tokens of a chat carry loss.")
     on_error: Literal["stop", "skip"] = option(
         "stop", "What to do with a row that cannot be used: stop, or skip and count it."
     )
-    lr_scale: float = option(0.1, "Learning rates as a share of the pre-training defaults.", gt=0, le=10)
-    heldout_share: float = option(0.02, "Share of the rows held out when the data has no held-out split.", ge=0, lt=1)
+    lr_scale: float | None = option(
+        None,
+        "Multiplies the default learning rates: those of pre-training (default 0.1), or for labels and pairs those of "
+        "fine-tuning (default 1).",
+        gt=0,
+        le=10,
+    )
+    batch_size: int = option(0, "Rows per optimizer step, for labels and pairs; 0: 16.", unit="rows", ge=0, le=65536)
+    text_column: str = option("", "Column of the texts, words or sources; default: by its usual names.")
+    text2_column: str = option("", "Column of the second text of a pair (classify).")
+    label_column: str = option("", "Column of the labels, tags or targets; default: by its usual names.")
+    label_kind: Literal["auto", "single", "multi", "number"] = option(
+        "auto",
+        "classify: one label a row, several (lists, or text split at |), or a number. auto: lists are several, numbers "
+        "with a fraction are numbers.",
+    )
+    label_names: tuple[str, ...] = option((), "Names of the labels that the data calls 0, 1, 2, ..., in this order.")
+    target_len: int = option(
+        128, "seq2seq: longest target; rows with a longer one are left out.", unit="tokens", ge=2, le=131072
+    )
+    heldout_answers: int = option(
+        100, "seq2seq: held-out rows that the model answers in the end, to be compared with their targets.", ge=0
+    )
+
+    def problems(self) -> list[str]:
+        """What cannot be right between the options."""
+        found = super().problems()
+        for name, tasks in _ONLY.items():
+            default = type(self).__dataclass_fields__[name].default
+            if self.task not in tasks and getattr(self, name) != default:
+                found.append(f"{name} is for task={' or '.join(tasks)}, not {self.task}")
+        if self.task != "causal" and self.compile == "always":
+            found.append("compile=always is for task=causal: the rows of other tasks are of all lengths")
+        if self.heldout is not None and self.heldout_share is not None:
+            found.append("heldout and heldout_share are both given; choose one")
+        if self.label_names and self.label_kind == "number":
+            found.append("label_names are given, and label_kind=number has no labels")
+        if len(set(self.label_names)) < len(self.label_names):
+            found.append("label_names: a name comes twice")
+        return found
+
+
+_ONLY: dict[str, tuple[str, ...]] = {
+    "train_on": ("causal",),
+    "batch_tokens": ("causal",),
+    "heldout": ("classify", "tag", "seq2seq"),
+    "batch_size": ("classify", "tag", "seq2seq"),
+    "text_column": ("classify", "tag", "seq2seq"),
+    "label_column": ("classify", "tag", "seq2seq"),
+    "text2_column": ("classify",),
+    "label_kind": ("classify",),
+    "label_names": ("classify", "tag"),
+    "target_len": ("seq2seq",),
+    "heldout_answers": ("seq2seq",),
+}
+"""Options that mean something for some tasks only; given for another they are refused, not passed over."""

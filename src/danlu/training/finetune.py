@@ -1,4 +1,5 @@
-"""`danlu finetune`: supervised fine-tuning on chats, instructions or plain text."""
+"""`danlu finetune`: supervised fine-tuning on chats, instructions or plain text; other tasks have files of their own
+(`classify.py`, `tag.py`, `seq2seq.py`)."""
 
 from __future__ import annotations
 
@@ -16,19 +17,26 @@ from danlu.errors import DanluError
 from danlu.formats.card import CARD, Stage
 from danlu.models.load import load_model, save_model
 from danlu.tokenizer.tokenizer import Tokenizer
+from danlu.training.classify import prepare_classify
 from danlu.training.config import FinetuneConfig
 from danlu.training.loop import HeldOut, Trainer
 from danlu.training.pretrain import default_batch_tokens, default_rates
+from danlu.training.seq2seq import prepare_seq2seq
+from danlu.training.tag import prepare_tag
+from danlu.training.task import train_task
+
+PREPARE = {"classify": prepare_classify, "tag": prepare_tag, "seq2seq": prepare_seq2seq}
 
 Example = tuple[list[int], list[bool]]
 """Token ids, and which of them are learned."""
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Fine-tune a model folder on chat rows and write a new model folder.
+    """Fine-tune a model folder and write a new model folder.
 
-    The loss falls on the assistant's turns only (or on all tokens: ``train_on=all``); examples are packed without
-    seeing each other. Without steps, minutes or epochs the run makes 2 passes over the data.
+    Of chats, the loss falls on the assistant's turns only (or on all tokens: ``train_on=all``); examples are packed
+    without seeing each other. Without steps, minutes or epochs the run makes 2 passes over the data. For labels and
+    pairs see :func:`danlu.training.task.train_task`.
 
     Args:
         config: see :class:`FinetuneConfig`.
@@ -43,6 +51,8 @@ def finetune(config: FinetuneConfig) -> Path:
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
     config = validate(config)
+    if config.task != "causal":
+        return train_task(config, PREPARE[config.task])
     model, tokenizer = load_model(config.model), Tokenizer.load(config.model)
     if config.seq_len > model.config.context:
         raise DanluError(
@@ -63,7 +73,7 @@ def finetune(config: FinetuneConfig) -> Path:
     trainer = Trainer(
         config, model, rows,
         held_out=_held_out_rows(held_out, tokenizer, config),
-        rates=default_rates(config, model.config, scale=config.lr_scale),
+        rates=default_rates(config, model.config, scale=config.lr_scale or 0.1),
         batch_tokens=config.batch_tokens or default_batch_tokens(model.config),
         default_epochs=2.0,
     )  # fmt: skip
@@ -111,10 +121,11 @@ def _rows(config: FinetuneConfig) -> Iterator[tuple[ChatRow, bool]]:
             for row in read_chat_rows(config.data, config.on_error, split):
                 yield row, split == "heldout"
         return
+    heldout_share = 0.02 if config.heldout_share is None else config.heldout_share
     for row in read_chat_rows(config.data, config.on_error):
         content = json.dumps(row.messages or row.text, sort_keys=True, ensure_ascii=False)
         share = int.from_bytes(hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()[:4], "big") / 2**32
-        yield row, share < config.heldout_share
+        yield row, share < heldout_share
 
 
 def _encode(row: ChatRow, config: FinetuneConfig, tokenizer: Tokenizer) -> Example:

@@ -1,4 +1,7 @@
-"""The training loop, for pre-training and fine-tuning alike. Read `Trainer.run` top to bottom.
+"""The training loop, for pre-training and every kind of fine-tuning. Read `Trainer.run` top to bottom.
+
+A task is a stream of rows (:class:`Rows`), the summed loss of a batch of them, and, if it likes, what to measure on
+held-out rows (:class:`Measurement`). Packed text is the default.
 
 Exactness: a run is a function of its config, its data and the number of threads. Whatever moves while it runs (weights,
 optimizer state, position in the data, random states, the recent losses that decide about skipping) is in the
@@ -16,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from danlu import console, files, hardware
 from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
+from danlu.models.load import Model
 from danlu.objectives.causal_lm import next_token_nll_sum
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
@@ -41,9 +45,43 @@ PLAN = "checkpoints/plan.json"
 """Length of the run in steps, written down before the first one."""
 
 
+class StepBatch(Protocol):
+    """Rows of one step. Its loss is divided by ``n_targets``; ``n_tokens`` counts what the model reads."""
+
+    @property
+    def n_targets(self) -> int: ...
+    @property
+    def n_tokens(self) -> int: ...
+    def split(self, rows: int) -> Iterator[Self]: ...
+    def to(self, device: torch.device) -> Self: ...
+
+
+class Rows(Protocol):
+    """Where batches come from: endless, and at a position that can be saved. ``row_len`` is the length of the longest
+    row in tokens."""
+
+    @property
+    def row_len(self) -> int: ...
+    @property
+    def rows_per_epoch(self) -> int: ...
+    def next(self, n_rows: int) -> StepBatch: ...
+    def state(self) -> dict[str, int]: ...
+    def restore(self, state: dict[str, int]) -> None: ...
+
+
+LossSum = Callable[[Any], Tensor]
+"""A batch -> the sum of the losses of its targets, in nats."""
+
+
+class Measurement(Protocol):
+    """What is measured on held-out rows now and then, by name."""
+
+    def measure(self, loss_sum: LossSum, micro_rows: int, device: torch.device) -> Numbers: ...
+
+
 @dataclass
 class HeldOut:
-    """Held-out rows measured during training. ``token_bytes`` (vocab,) is the UTF-8 length of each token, 0 for special
+    """Held-out text measured during training. ``token_bytes`` (vocab,) is the UTF-8 length of each token, 0 for special
     ones."""
 
     batch: Batch
@@ -54,6 +92,14 @@ class HeldOut:
         """About ``config.heldout_tokens`` of these rows, always the same ones."""
         batch = rows.first_rows(max(1, config.heldout_tokens // config.seq_len))
         return cls(batch, torch.from_numpy(tokenizer.token_bytes()).long())
+
+    def measure(self, loss_sum: LossSum, micro_rows: int, device: torch.device) -> Numbers:
+        """Bits per byte: sum of -log2 p over the bytes of the targets."""
+        nll, n_bytes = 0.0, 0
+        for micro in self.batch.split(micro_rows):
+            nll += loss_sum(micro.to(device)).item()
+            n_bytes += int(self.token_bytes[micro.targets.clamp(min=0)].masked_fill(micro.targets < 0, 0).sum())
+        return {"heldout_bits_per_byte": nll / (math.log(2) * max(1, n_bytes))}
 
 
 @dataclass
@@ -79,18 +125,22 @@ class Trainer:
         rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``head_lr``, ``norm_lr``.
         batch_tokens: tokens per optimizer step; rounded down to whole rows.
         default_epochs: length of the run when the config gives none.
+        loss_sum: the loss of a batch; None: next tokens of packed text.
+        betas: of AdamW.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        model: CausalLM,
-        rows: RowStream,
+        model: Model,
+        rows: Rows,
         *,
-        held_out: HeldOut | None,
+        held_out: Measurement | None,
         rates: dict[str, float],
         batch_tokens: int,
         default_epochs: float = 1.0,
+        loss_sum: LossSum | None = None,
+        betas: tuple[float, float] = (0.8, 0.95),
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.rows, self.held_out, self.default_epochs = config, rows, held_out, default_epochs
@@ -102,14 +152,16 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.model.compute_dtype = self.dtype
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.rows_per_step = max(1, batch_tokens // config.seq_len)
-        self.micro_rows = max(1, (config.micro_batch_tokens or self._default_micro_tokens()) // config.seq_len)
+        self.rows_per_step = max(1, batch_tokens // rows.row_len)
+        self.micro_rows = max(1, (config.micro_batch_tokens or self._default_micro_tokens()) // rows.row_len)
         half = self.precision != "fp32" and hardware.computes_bf16(self.device)
         muon_dtype = torch.bfloat16 if half else torch.float32
         self.optimizers = build_optimizers(
-            model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, **rates
-        )
+            model, optimizer=config.optimizer, weight_decay=config.weight_decay, muon_dtype=muon_dtype, betas=betas,
+            **rates,
+        )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.loss_sum: LossSum = self._packed_nll if loss_sum is None else loss_sum
         self.nll_sum: Callable[[Tensor, Tensor], Tensor] = self._nll_sum
         self.progress = Progress()
         self.compiled = False
@@ -138,9 +190,8 @@ class Trainer:
         self._resume()
         progress = self.progress
         heldout_every = config.heldout_every or max(1, self.total_steps // 10)
-        flops_per_token = self.model.estimate_flops(config.seq_len)
-        bits_per_byte: float | None = None
-        loss = math.nan
+        flops_per_token = self.model.estimate_flops(self.rows.row_len)
+        found: Numbers = {}
         if self.total_steps:
             console.note(self._describe())
 
@@ -151,18 +202,17 @@ class Trainer:
         ):
             advance(progress.step)
             while progress.step < self.total_steps:
-                begin = time.perf_counter()
+                begin, tokens_before = time.perf_counter(), progress.tokens
                 loss, grad_norm, lr = self._step()
                 hardware.synchronize(self.device)
                 seconds = time.perf_counter() - begin
-                tokens = self.rows_per_step * config.seq_len
+                tokens = progress.tokens - tokens_before
                 progress.step += 1
-                progress.tokens += tokens
                 progress.seconds += seconds
                 last = progress.step == self.total_steps
                 measured = self.held_out is not None and (last or progress.step % heldout_every == 0)
                 if measured:
-                    bits_per_byte = self.measure_held_out()
+                    found = self.measure_held_out()
                 if measured or progress.step % config.log_every == 0:
                     line: Numbers = {
                         "tokens": progress.tokens,
@@ -173,13 +223,14 @@ class Trainer:
                         "flops_per_second": flops_per_token * tokens / seconds,
                         "grad_norm": grad_norm,
                     }
-                    log.write(progress.step, {**line, "heldout_bits_per_byte": bits_per_byte} if measured else line)
+                    log.write(progress.step, {**line, **found} if measured else line)
                 rate = progress.tokens / progress.seconds
-                bpb = f"  held-out {bits_per_byte:.3f} bits/byte" if bits_per_byte is not None else ""
+                held_out = "".join(f"  {name.replace('_', ' ')} {value or 0:.3f}" for name, value in found.items())
                 share = f" ({rate * flops_per_token / self.peak:.0%} of peak)"
                 advance(
                     1,
-                    text=f"loss {loss:.3f}{bpb}  {rate:,.0f} tok/s  {rate * flops_per_token / 1e9:,.0f} GFLOP/s{share}",
+                    text=f"loss {loss:.3f}{held_out}  {rate:,.0f} tok/s  "
+                    f"{rate * flops_per_token / 1e9:,.0f} GFLOP/s{share}",
                 )
                 if not last and (progress.step % config.checkpoint_every == 0 or stop_asked()):
                     self._save()
@@ -188,7 +239,7 @@ class Trainer:
                         f"stopped at step {progress.step} of {self.total_steps}; run the same command again to go on"
                     )
                     raise KeyboardInterrupt
-        return self._metrics(loss, bits_per_byte, flops_per_token)
+        return self._metrics(found, flops_per_token)
 
     def _step(self) -> tuple[float, float, float]:
         """One optimizer step over ``rows_per_step`` rows; returns loss (nats per target), gradient norm and
@@ -209,10 +260,11 @@ class Trainer:
                     group["momentum"] = muon_momentum(progress.step)
 
         batch = self.rows.next(self.rows_per_step)
+        progress.tokens += batch.n_tokens
         n_targets = max(1, batch.n_targets)  # of the whole step: see objectives/causal_lm.py
         nll = torch.zeros((), device=self.device)
         for micro in batch.to(self.device).split(self.micro_rows):
-            micro_nll = self._micro_nll(micro)
+            micro_nll = self.loss_sum(micro)
             self.scaler.scale(micro_nll / n_targets).backward()  # type: ignore[no-untyped-call]
             nll += micro_nll.detach()
         loss = nll.item() / n_targets
@@ -240,11 +292,13 @@ class Trainer:
             p.grad = None
         return loss, grad_norm, self.optimizers[0].param_groups[0]["lr"]
 
-    def _micro_nll(self, batch: Batch) -> Tensor:
+    def _packed_nll(self, batch: Batch) -> Tensor:
+        assert isinstance(self.model, CausalLM)
         hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments)
         return self.nll_sum(hidden, batch.targets)
 
     def _nll_sum(self, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
+        assert isinstance(self.model, CausalLM)
         return next_token_nll_sum(self.model.head(hidden_btd), targets_bt)
 
     def _acceptable(self, loss: float, grad_norm: float) -> bool:
@@ -262,20 +316,14 @@ class Trainer:
         return True
 
     @torch.no_grad()
-    def measure_held_out(self) -> float:
-        """Bits per byte of the held-out rows: sum of -log2 p over the bytes of their targets."""
+    def measure_held_out(self) -> Numbers:
+        """The figures of the held-out rows as the model is now."""
         assert self.held_out is not None
-        nll, n_bytes = 0.0, 0
-        for micro in self.held_out.batch.split(self.micro_rows):
-            here = micro.to(self.device)
-            nll += self._micro_nll(here).item()
-            n_bytes += int(
-                self.held_out.token_bytes[micro.targets.clamp(min=0)].masked_fill(micro.targets < 0, 0).sum()
-            )
-        return nll / (math.log(2) * max(1, n_bytes))
+        return self.held_out.measure(self.loss_sum, self.micro_rows, self.device)
 
     def _compile(self) -> None:
-        """Compile block and loss, run them once, and fall back to eager where that fails."""
+        """Compile block and loss, run them once, and fall back to eager where that fails. Only for packed text: each
+        width of a padded batch would be compiled anew."""
         wanted = self.config.compile
         minutes = self.config.minutes
         if wanted == "auto":
@@ -285,7 +333,7 @@ class Trainer:
                 if self.device.type == "cuda" or (hardware.has_compiler() and not short and not _tiny(self))
                 else "never"
             )
-        if wanted == "always":
+        if wanted == "always" and isinstance(self.model, CausalLM):
             begin = time.perf_counter()
             try:
                 for block in self.model.layers:  # one graph serves all blocks: they differ in weights only
@@ -306,7 +354,7 @@ class Trainer:
         position = self.rows.state()
         sizes = {self.micro_rows, self.rows_per_step % self.micro_rows or self.micro_rows}
         for n_rows in sizes:
-            self._micro_nll(self.rows.next(n_rows).to(self.device)).backward()  # type: ignore[no-untyped-call]
+            self.loss_sum(self.rows.next(n_rows).to(self.device)).backward()  # type: ignore[no-untyped-call]
         self.rows.restore(position)
         for p in self.model.parameters():
             p.grad = None
@@ -385,10 +433,11 @@ class Trainer:
         return (
             f"{self.model.num_parameters() / 1e6:.2f} M weights, {self.precision} {how} on {self.device.type} "
             f"({torch.get_num_threads()} threads, matmul peak {self.peak / 1e9:,.0f} GFLOP/s); "
-            f"{self.total_steps:,} steps of {self.rows_per_step} x {c.seq_len} tokens, {c.optimizer}, {c.schedule}"
+            f"{self.total_steps:,} steps of {self.rows_per_step} x {self.rows.row_len} tokens, "
+            f"{'adamw' if c.optimizer == 'adamw' else 'muon'}, {c.schedule}"
         )
 
-    def _metrics(self, loss: float, bits_per_byte: float | None, flops_per_token: int) -> dict[str, Any]:
+    def _metrics(self, held_out: Numbers, flops_per_token: int) -> dict[str, Any]:
         p = self.progress
         rate = p.tokens / p.seconds if p.seconds else 0.0
         recent = list(p.losses)[-20:]
@@ -398,7 +447,7 @@ class Trainer:
             "skipped_steps": p.skipped,
             "parameters": self.model.num_parameters(),
             "train_loss": statistics.fmean(recent) if recent else None,
-            "heldout_bits_per_byte": bits_per_byte,
+            **held_out,
             "tokens_per_second": rate,
             "flops_per_second": rate * flops_per_token,
             "matmul_peak_flops": self.peak or None,
@@ -420,14 +469,14 @@ class Trainer:
             "compiled": self.compiled,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
-            "batch_tokens": self.rows_per_step * self.config.seq_len,
+            "batch_tokens": self.rows_per_step * self.rows.row_len,
         }
 
 
 def _tiny(trainer: Trainer) -> bool:
     """A run of a few steps never earns its compilation back."""
     steps = trainer.config.steps
-    return steps is not None and steps * trainer.rows_per_step * trainer.config.seq_len < 1_000_000
+    return steps is not None and steps * trainer.rows_per_step * trainer.rows.row_len < 1_000_000
 
 
 @contextmanager

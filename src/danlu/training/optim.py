@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from danlu.models.causal_lm import CausalLM
+from danlu.models.encoder_decoder import EncoderDecoder
+from danlu.models.load import Model
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd quintic for each step, for singular values in [1e-3,
 # 1].
@@ -92,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    model: CausalLM,
+    model: Model,
     *,
     optimizer: str,
     matrix_lr: float,
@@ -101,14 +102,18 @@ def build_optimizers(
     norm_lr: float,
     weight_decay: float,
     muon_dtype: torch.dtype,
+    betas: tuple[float, float] = (0.8, 0.95),
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over all weights of the model; each group carries its peak rate and decay as ``initial_lr``,
-    ``initial_decay``."""
-    matrices = [p for p in model.layers.parameters() if p.ndim >= 2]
+    ``initial_decay``. ``betas`` are AdamW's."""
+    stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoder) else [model]
+    matrices = [p for stack in stacks for p in stack.layers.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    head = [p for p in model.head.parameters() if p.ndim >= 2 and p is not model.embed.weight]
-    others = {id(p) for p in (*matrices, *vectors, *head)}
-    embeddings = [p for p in model.parameters() if id(p) not in others]
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    inner = {id(p) for p in matrices}
+    embeddings = [p for p in model.parameters() if id(p) in tables]
+    # What is left are the layers behind the stack; a tied head is an embedding.
+    head = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables | inner]
     adam_groups = [
         {"params": embeddings, "lr": embed_lr, "weight_decay": 0.0},
         {"params": vectors, "lr": norm_lr, "weight_decay": 0.0},
@@ -116,11 +121,11 @@ def build_optimizers(
     if head:
         adam_groups.append({"params": head, "lr": head_lr, "weight_decay": 0.0})
     optimizers: list[torch.optim.Optimizer] = []
-    if optimizer == "muon":
-        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=muon_dtype))
-    else:
+    if optimizer == "adamw":
         adam_groups.insert(0, {"params": matrices, "lr": matrix_lr, "weight_decay": weight_decay})
-    optimizers.append(torch.optim.AdamW(adam_groups, betas=(0.8, 0.95), eps=1e-10, fused=True))
+    else:
+        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=muon_dtype))
+    optimizers.append(torch.optim.AdamW(adam_groups, betas=betas, eps=1e-10, fused=True))
     for built in optimizers:
         for group in built.param_groups:
             group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]

@@ -16,8 +16,8 @@ from danlu.errors import DanluError, Problems
 from danlu.formats.card import Stage
 from danlu.models.causal_lm import CausalLM
 from danlu.models.config import model_config_for
-from danlu.nn.config import ModelConfig
 from danlu.models.load import save_model
+from danlu.nn.config import ModelConfig
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.config import PretrainConfig, TrainingConfig
 from danlu.training.loop import HeldOut, Trainer
@@ -103,7 +103,7 @@ def default_rates(config: TrainingConfig, shape: ModelConfig, scale: float = 1.0
     """
     width = (shape.dim / 256) ** -0.5
     return {
-        "matrix_lr": config.matrix_lr or scale * (0.02 if config.optimizer == "muon" else 0.002 * width),
+        "matrix_lr": config.matrix_lr or scale * (0.002 * width if config.optimizer == "adamw" else 0.02),
         "embed_lr": config.embed_lr or scale * (0.01 if shape.tie_embeddings else 0.3) * width,
         "head_lr": config.head_lr or scale * 0.006 * width,
         "norm_lr": config.norm_lr or scale * 0.005,
