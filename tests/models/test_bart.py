@@ -74,7 +74,7 @@ def test_positions_end(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = reference(input_ids=ids[:, :20], decoder_input_ids=ids[:, :20]).logits
         close(model(ids[:, :20], ids[:, :20]), expected, 1e-4, "20 positions")
-        with pytest.raises(IndexError):
+        with pytest.raises(DanluError, match="21 tokens is longer than the model's table of 20"):
             model(ids, ids[:, :20])
 
 
