@@ -249,8 +249,8 @@ def _print(found: Plan, config: PlanConfig) -> None:
         ],
     )
     _table(
-        "time",
-        ("hardware", "runs in", "decode tok/s", "prefill tok/s", f"train {_count(config.tokens)} tok", "devices"),
+        f"time: decoding and prefill in tokens/s, training on {_count(config.tokens).strip()} tokens",
+        ("hardware", "runs in", "decode", "prefill", "training", "devices"),
         [
             (t.machine, t.fits or "no room", _rate(t.decode), _rate(t.prefill), _days(t.train_days), str(t.devices))
             for t in found.machines
