@@ -193,3 +193,43 @@ def test_rows_that_do_not_fit_are_counted(
         finetune(make([long], "nothing"))
     with pytest.raises(DanluError, match="longer than the context"):
         finetune(make(rows(), "wide", seq_len=4096, batch_tokens=4096))
+
+
+def test_experts_are_balanced_when_it_is_asked_for(base: Path, make: Callable[..., FinetuneConfig]) -> None:
+    """Routers that send every token to the same two of four experts learn to spread them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from danlu.objectives.routing import load_balancing_loss
+
+    tokenizer = Tokenizer.load(base)
+    torch.manual_seed(0)
+    reference = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=128,
+        )
+    )  # fmt: skip
+    rows = [{"text": f"def f{i}(x): return x + {i}"} for i in range(40)]
+
+    def imbalance(folder: Path) -> float:
+        """2 when balanced, 4 when all tokens go the same way."""
+        routings: list[Any] = []
+        model = load_model(folder)
+        model.hidden_states(torch.tensor([tokenizer.encode(rows[3]["text"])]), routings=routings)
+        return load_balancing_loss([routing.logits_ne for routing in routings], 2).item()
+
+    def tuned(name: str, **changes: Any) -> Path:
+        folder = base.parent / f"mixture-{name}"
+        with torch.no_grad():
+            for layer in reference.model.layers:  # all tokens prefer the experts 0 and 1
+                layer.mlp.gate.weight.copy_(torch.tensor([[0.5], [0.4], [0.0], [0.0]]).expand(4, 32))
+                layer.post_attention_layernorm.weight.fill_(1.0)
+        reference.save_pretrained(folder)
+        tokenizer.save(folder)
+        return finetune(make(rows, name, model=folder, steps=20, lr_scale=0.3, train_on="all", **changes))
+
+    balanced, alone = imbalance(tuned("balanced", balance_loss=1.0, router_z_loss=0.01)), imbalance(tuned("alone"))
+    assert balanced < 2.3
+    assert balanced < alone - 0.3
+    with pytest.raises(DanluError, match="mixtures of experts"):
+        finetune(make(rows, "dense", balance_loss=0.1))

@@ -185,6 +185,12 @@ class FinetuneConfig(TrainingConfig):
         gt=0,
         le=10,
     )
+    balance_loss: float = option(
+        0.0, "Weight of the loss that spreads tokens evenly over a mixture's experts; Mixtral used 0.02.", ge=0
+    )
+    router_z_loss: float = option(
+        0.0, "Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual.", ge=0
+    )
     batch_size: int = option(0, "Rows per optimizer step, for labels and pairs; 0: 16.", unit="rows", ge=0, le=65536)
     text_column: str = option("", "Column of the texts, words or sources; default: by its usual names.")
     text2_column: str = option("", "Column of the second text of a pair (classify).")
@@ -223,6 +229,8 @@ class FinetuneConfig(TrainingConfig):
 _ONLY: dict[str, tuple[str, ...]] = {
     "train_on": ("causal",),
     "batch_tokens": ("causal",),
+    "balance_loss": ("causal",),
+    "router_z_loss": ("causal",),
     "heldout": ("classify", "tag", "seq2seq"),
     "batch_size": ("classify", "tag", "seq2seq"),
     "text_column": ("classify", "tag", "seq2seq"),

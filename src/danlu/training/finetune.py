@@ -59,6 +59,8 @@ def finetune(config: FinetuneConfig) -> Path:
             f"seq_len ({config.seq_len}) is longer than the context of {config.model} "
             f"({model.config.context}); lower it"
         )
+    if (config.balance_loss or config.router_z_loss) and model.config.experts is None:
+        raise DanluError(f"balance_loss and router_z_loss are for mixtures of experts, and {config.model} is none")
     stage = Stage.open(
         config.out, kind="model", verb="finetune", config=config,
         inputs={"model": config.model, "data": config.data}, overwrite=config.overwrite,
@@ -76,6 +78,8 @@ def finetune(config: FinetuneConfig) -> Path:
         rates=default_rates(config, model.config, scale=config.lr_scale or 0.1),
         batch_tokens=config.batch_tokens or default_batch_tokens(model.config),
         default_epochs=2.0,
+        balance_loss=config.balance_loss,
+        router_z_loss=config.router_z_loss,
     )  # fmt: skip
     metrics = trainer.run()
     save_model(model, config.out, tokenizer)

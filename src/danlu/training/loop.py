@@ -30,7 +30,9 @@ from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import Model
+from danlu.nn.moe import Routing
 from danlu.objectives.causal_lm import next_token_nll_sum
+from danlu.objectives.routing import load_balancing_loss, router_z_loss
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import TrainingConfig
@@ -127,6 +129,7 @@ class Trainer:
         default_epochs: length of the run when the config gives none.
         loss_sum: the loss of a batch; None: next tokens of packed text.
         betas: of AdamW.
+        balance_loss, router_z_loss: weights of the losses on a mixture's routers (`objectives/routing.py`).
     """
 
     def __init__(
@@ -141,6 +144,8 @@ class Trainer:
         default_epochs: float = 1.0,
         loss_sum: LossSum | None = None,
         betas: tuple[float, float] = (0.8, 0.95),
+        balance_loss: float = 0.0,
+        router_z_loss: float = 0.0,
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.rows, self.held_out, self.default_epochs = config, rows, held_out, default_epochs
@@ -162,6 +167,7 @@ class Trainer:
         )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.loss_sum: LossSum = self._packed_nll if loss_sum is None else loss_sum
+        self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
         self.nll_sum: Callable[[Tensor, Tensor], Tensor] = self._nll_sum
         self.progress = Progress()
         self.compiled = False
@@ -294,8 +300,18 @@ class Trainer:
 
     def _packed_nll(self, batch: Batch) -> Tensor:
         assert isinstance(self.model, CausalLM)
-        hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments)
-        return self.nll_sum(hidden, batch.targets)
+        learns_routing = torch.is_grad_enabled() and (self.balance_loss or self.router_z_loss)
+        routings: list[Routing] | None = [] if learns_routing else None
+        hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments, routings=routings)
+        nll = self.nll_sum(hidden, batch.targets)
+        return nll + self._routing_loss(routings, batch) if routings else nll
+
+    def _routing_loss(self, routings: list[Routing], batch: Batch) -> Tensor:
+        """The losses on the routers, as a sum over targets like the rest; padding does not count."""
+        logits, real = [routing.logits_ne for routing in routings], batch.segments >= 0
+        balance = load_balancing_loss(logits, routings[0].experts_nk.shape[1], real)
+        z = router_z_loss(logits, real) / real.sum().clamp(min=1)
+        return batch.n_targets * (self.balance_loss * balance + self.router_z_loss * z)
 
     def _nll_sum(self, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
         assert isinstance(self.model, CausalLM)
