@@ -195,6 +195,7 @@ def test_rows_that_do_not_fit_are_counted(
         finetune(make(rows(), "wide", seq_len=4096, batch_tokens=4096))
 
 
+@pytest.mark.slow
 def test_experts_are_balanced_when_it_is_asked_for(base: Path, make: Callable[..., FinetuneConfig]) -> None:
     """Routers that send every token to the same two of four experts learn to spread them."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -226,7 +227,7 @@ def test_experts_are_balanced_when_it_is_asked_for(base: Path, make: Callable[..
                 layer.post_attention_layernorm.weight.fill_(1.0)
         reference.save_pretrained(folder)
         tokenizer.save(folder)
-        return finetune(make(rows, name, model=folder, steps=20, lr_scale=0.3, train_on="all", **changes))
+        return finetune(make(rows, name, model=folder, steps=30, lr_scale=0.3, train_on="all", **changes))
 
     balanced, alone = imbalance(tuned("balanced", balance_loss=1.0, router_z_loss=0.01)), imbalance(tuned("alone"))
     assert balanced < 2.3
