@@ -6,7 +6,8 @@ front of every product with 4-bit weights, and from the same weights as `danlu c
 where it does not. danlu, in fp32, continues them too.
 
 A table tells how many of the twenty agree, and how many llama.cpp continues as itself when it sums in another order:
-rounding to 8 bits makes a large step of the smallest difference.
+rounding to 8 bits makes a large step of the smallest difference. So twenty more prompts are recorded from the 4-bit
+file: the first of a list on which llama.cpp does agree with itself.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from danlu.models.load import load_model
 from danlu.tokenizer.tokenizer import Tokenizer
 
 TOKENS = 48
+TWENTY = 20
 SETTINGS = {"n_ctx": 512, "n_batch": 512, "n_threads": 1, "flash_attn": False, "type_k": 0, "type_v": 0}
 """Of llama.cpp: one thread, so that sums have one order, and keys and values kept in fp32 (type 0)."""
 
@@ -57,6 +59,53 @@ PROMPTS: list[str | list[dict[str, str]]] = [
         {"role": "assistant", "content": "Nice to meet you, Lin!"},
         {"role": "user", "content": "What is my name?"},
     ],
+]
+
+
+# Continued with little doubt: of these the first twenty count on which llama.cpp agrees with itself (see `steady`).
+STEADY = [
+    "1, 2, 3, 4, 5, 6, 7, 8,",
+    "2, 4, 6, 8, 10, 12,",
+    "10, 20, 30, 40, 50,",
+    "5, 10, 15, 20, 25, 30,",
+    "100, 99, 98, 97, 96, 95,",
+    "a, b, c, d, e, f, g,",
+    "A B C D E F G H I J K",
+    "Monday, Tuesday, Wednesday,",
+    "January, February, March, April,",
+    "one, two, three, four, five,",
+    "1 + 1 = 2\n2 + 2 = 4\n3 + 3 = 6\n4 + 4 = 8\n",
+    "3 x 1 = 3\n3 x 2 = 6\n3 x 3 = 9\n",
+    "<li>1</li>\n<li>2</li>\n<li>3</li>\n",
+    "x = [0, 1, 2, 3, 4, 5,",
+    "1. one\n2. two\n3. three\n4. four\n",
+    "for i in range(10):\n    print(i)\n\nfor i in range(20):\n    print(i)\n\nfor i in range(30):\n",
+    "The cat sat on the mat. The cat sat on the mat. The cat sat on the mat.",
+    "row, row, row, row, row, row,",
+    "ha ha ha ha ha ha ha",
+    "0000000000000000",
+    "yes no yes no yes no yes no",
+    "tick tock tick tock tick tock",
+    "INSERT INTO t VALUES (1);\nINSERT INTO t VALUES (2);\nINSERT INTO t VALUES (3);\n",
+    "| 1 | 1 |\n| 2 | 4 |\n| 3 | 9 |\n| 4 | 16 |\n",
+    "a=1\nb=2\nc=3\nd=4\n",
+    '{"id": 1}\n{"id": 2}\n{"id": 3}\n',
+    "import os\nimport sys\nimport json\nimport re\n",
+    "Chapter 1\nChapter 2\nChapter 3\nChapter 4\n",
+    "I am a robot. I am a robot. I am a robot.",
+    "10 9 8 7 6 5 4 3 2",
+    "public void setA(int a) { this.a = a; }\npublic void setB(int b) { this.b = b; }\n",
+    "def one():\n    return 1\n\ndef two():\n    return 2\n\ndef three():\n    return 3\n\n",
+    "The sun is hot. The ice is cold. The sun is hot. The ice is cold.",
+    "do re mi fa sol la ti do re mi fa sol la ti do",
+    "red green blue red green blue red green blue",
+    "=====\n-----\n=====\n-----\n",
+    "2020, 2021, 2022, 2023,",
+    "0.1, 0.2, 0.3, 0.4,",
+    "1/2, 1/3, 1/4, 1/5,",
+    "abc abc abc abc abc",
+    "Hello Hello Hello Hello",
+    "() () () () ()",
 ]
 
 
@@ -102,9 +151,35 @@ def by_danlu(model: CausalLM, prompts: list[list[int]], stop_ids: set[int]) -> l
     return found
 
 
+def steady(path: Path, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The first twenty candidates that llama.cpp continues alike from the 4-bit file whatever the order of its sums:
+    prompts at once, token by token, and with flash attention. Elsewhere its own rounding decides."""
+    ids, stop_ids = [prompt_ids(tokenizer, prompt) for prompt in STEADY], set(tokenizer.stop_ids)
+    orders: list[dict[str, Any]] = [{}, {"n_batch": 1}, {"flash_attn": True}]
+    runs = [by_llama_cpp(path, ids, stop_ids, **changes)[0] for changes in orders]
+    found = [
+        {"prompt": prompt, "ids": row, "q4_1": one}
+        for prompt, row, one, *others in zip(STEADY, ids, *runs, strict=True)
+        if all(other == one for other in others)
+    ]
+    print(f"llama.cpp agrees with itself on {len(found)} of {len(STEADY)} candidates; the first {TWENTY} are recorded")
+    return found[:TWENTY]
+
+
 def agreement(ours: list[list[int]], theirs: list[list[int]]) -> int:
     """How many of the prompts are continued alike to the end."""
     return sum(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def write_reference(path: Path, reference: dict[str, Any]) -> None:
+    """JSON with one line a prompt, the two lists last."""
+    lists = {name: reference[name] for name in ("prompts", "steady")}
+    head = {name: value for name, value in reference.items() if name not in lists}
+    parts = [json.dumps(head, ensure_ascii=False, indent=1).removesuffix("\n}")]
+    for name, rows in lists.items():
+        lines = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        parts.append(f' "{name}": [\n  {lines}\n ]')
+    path.write_text(",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -140,15 +215,14 @@ def main() -> None:
         "settings": SETTINGS,
         "tokens": TOKENS,
         "agreement": counts,
+        "steady": steady(arguments.model, tokenizer),
         "prompts": [
             {"prompt": prompt, "ids": ids, "f32": a, "f32_lead": b, "q4_1": c, "q4_1_lead": d}
             for prompt, ids, a, b, c, d in zip(PROMPTS, prompts, exact, exact_leads, stored, stored_leads, strict=True)
         ],
     }
     if arguments.json:
-        lines = [json.dumps(row, ensure_ascii=False) for row in reference.pop("prompts")]
-        head = json.dumps(reference, ensure_ascii=False, indent=1).removesuffix("\n}")
-        arguments.json.write_text(f'{head},\n "prompts": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
+        write_reference(arguments.json, reference)
     print(json.dumps({"benchmark": "gguf_reference", **counts}))
 
 
