@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.formats.inspect import inspect as inspect
     from danlu.hub.config import PullConfig as PullConfig
     from danlu.hub.pull import pull as pull
+    from danlu.kernels.doctor import DoctorConfig as DoctorConfig
+    from danlu.kernels.doctor import doctor as doctor
     from danlu.models.convert import convert as convert
     from danlu.models.convert_config import ConvertConfig as ConvertConfig
     from danlu.planning.config import NumbersConfig as NumbersConfig

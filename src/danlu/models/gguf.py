@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from danlu.errors import DanluError
-from danlu.formats.gguf_blocks import dequantize
+from danlu.formats.gguf_blocks import PLAIN_DTYPES, PackedTensor, dequantize
 from danlu.formats.weights import TensorInfo, Weights
 from danlu.models.gguf_metadata import Metadata, Stored, rounded
 from danlu.models.gguf_names import (
@@ -213,6 +213,19 @@ class HFView:
         if isinstance(place.source, Shifted):
             return (stored.float() - 1).to(stored.dtype)
         return stored
+
+    def packed(self, name: str) -> PackedTensor | None:
+        """A matrix in the blocks of the file, its rows in Hugging Face's order; None for what is not stored in blocks
+        or not as it stands."""
+        place = self._places[name]
+        if place.expert is not None or isinstance(place.source, Shifted):
+            return None
+        packed = self._file.packed(place.name)
+        if packed.kind in PLAIN_DTYPES or len(packed.shape) != 2:
+            return None
+        if isinstance(place.source, Turned):
+            return replace(packed, data=halves(packed.data, self._heads(place, packed.data)))
+        return packed
 
     def _heads(self, place: _Place, stored: Tensor) -> int:
         assert isinstance(place.source, Turned)

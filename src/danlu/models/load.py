@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from danlu import files
 from danlu.errors import DanluError
+from danlu.formats.gguf_blocks import PackedTensor
 from danlu.formats.gguf_file import GGUFFile
 from danlu.formats.safetensors_files import save_safetensors
 from danlu.formats.weights import Weights, open_weights
@@ -19,7 +20,7 @@ from danlu.models.causal_lm import CausalLM
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.families import qwen3
 from danlu.models.family import Family, Task, family_for, family_of
-from danlu.models.gguf import from_gguf
+from danlu.models.gguf import HFView, from_gguf
 from danlu.models.hf_config import HFConfig
 from danlu.models.names import Rule, rules
 from danlu.models.transformer import Transformer
@@ -130,6 +131,44 @@ def read_config(path: str | Path) -> ModelConfig:
     if isinstance(config, EncoderDecoderConfig):
         raise DanluError(f"{path}: is an encoder-decoder; expected a model of one stack")
     return config
+
+
+def stored_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor | PackedTensor]]:
+    """A causal model's shape and its weights as they are stored, for kernels that compute on them: by our names,
+    matrices of a GGUF file in its blocks, everything else mapped. A tied head is left out.
+
+    Raises:
+        DanluError: as :func:`load_model`.
+    """
+    path = Path(path)
+    weights, content = _open(path)
+    where = str(path / "config.json" if path.is_dir() else path)
+    family = family_for(content, where)
+    config = _read_config(family, content, where, weights)
+    if isinstance(config, EncoderDecoderConfig) or "causal_lm" not in family.heads:
+        raise DanluError(f"{where}: is no causal language model")
+    with torch.device("meta"):
+        model = CausalLM.build(config, family, content)
+    stored = {_current_name(name): name for name in weights.infos}
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in stored) else ""
+    found: dict[str, Tensor | PackedTensor] = {}
+    for rule in _rules(model, family, prefix):
+        if all(name in found or (name == "head.weight" and config.tie_embeddings) for name in rule.ours):
+            continue
+        if absent := [name for name in rule.theirs if name not in stored]:
+            raise DanluError(f"{weights.path}: has no tensor {absent[0]}")
+        names = [stored[name] for name in rule.theirs]
+        blocks = weights.packed(names[0]) if isinstance(weights, HFView) and len(names) == 1 else None
+        if blocks is None:
+            found.update(zip(rule.ours, rule.to_ours([weights.tensor(name) for name in names]), strict=True))
+            continue
+        for name, rows in zip(rule.ours, rule.to_ours([blocks.data]), strict=True):
+            found[name] = PackedTensor(blocks.kind, (rows.shape[0], blocks.shape[1]), rows)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, value in found.items():
+        if tuple(value.shape) != shapes[name]:
+            raise DanluError(f"{weights.path}: {name} has shape {tuple(value.shape)}; the config asks for {shapes[name]}")
+    return config, found
 
 
 def _read_config(

@@ -1,0 +1,102 @@
+"""What one step of the engine runs, and what runs it: the line between scheduling and computing.
+
+A step has no padding: the new tokens of all its sequences stand end to end, prompts being read beside answers being
+written, and each token finds the keys and values of its sequence through a table of cache blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from danlu.nn.config import ModelConfig
+
+Ints = npt.NDArray[np.int32]
+
+FREED = -1
+"""Stands in a block table where a block fell out of the window and was given back; it is never read."""
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers that look equally far back. They share block tables, so that the blocks which fell out of a window can be
+    given back although other layers still need theirs.
+
+    Attributes:
+        layers: their places in the model.
+        window: tokens a position sees, itself included; None: everything.
+    """
+
+    layers: tuple[int, ...]
+    window: int | None
+
+
+def kv_groups(config: ModelConfig) -> list[KVGroup]:
+    """The layers of a model by window: those that see everything first, if there are any."""
+    windows = [config.window_of(layer) for layer in range(config.n_layers)]
+    order = sorted(set(windows), key=lambda window: (window is not None, window or 0))
+    return [KVGroup(tuple(i for i, w in enumerate(windows) if w == window), window) for window in order]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The new tokens of several sequences, all int32.
+
+    Attributes:
+        ids_t: token ids, those of one sequence in a row.
+        positions_t: place of each token in its sequence.
+        starts_s: (sequences + 1,) where each sequence's tokens begin; the last is the number of tokens.
+        tables: one (sequences, blocks) table a :class:`KVGroup`: the cache block that holds positions
+            ``[b * block_size, (b + 1) * block_size)`` of a sequence is ``table[s, b]``. Rows are filled up with
+            :data:`FREED`.
+        logits_at: places in ``ids_t`` whose logits are wanted.
+        rope_lengths_s: tokens each sequence may grow to, for rotary scalings that depend on the length.
+    """
+
+    ids_t: Ints
+    positions_t: Ints
+    starts_s: Ints
+    tables: tuple[Ints, ...]
+    logits_at: Ints
+    rope_lengths_s: Ints
+    adapters: tuple[str | None, ...] = field(default=())
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self.starts_s) - 1
+
+
+class Runner(Protocol):
+    """Runs batches and owns the memory of the cache.
+
+    Attributes:
+        groups: the model's KV groups, in the order of ``Batch.tables``.
+        block_size: tokens a block.
+    """
+
+    config: ModelConfig
+    groups: list[KVGroup]
+    block_size: int
+    device: torch.device
+
+    def block_bytes(self, group: int) -> int:
+        """Memory of one block of a group, all its layers, keys and values."""
+
+    def allocate(self, n_blocks: Sequence[int]) -> None:
+        """Make room for so many blocks in each group; what was cached is lost."""
+
+    def run(self, batch: Batch) -> Tensor:
+        """Store the keys and values of the batch's tokens; logits at ``logits_at``, (rows, vocab) fp32, which the next
+        run may overwrite."""
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The same run, but the final hidden states at ``logits_at``, (rows, dim) fp32."""
+
+    def copy_blocks(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy each (source, target) block of a group."""

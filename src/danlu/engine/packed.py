@@ -1,0 +1,66 @@
+"""Matrices laid out for the native kernels: tiles of 16 outputs, floats or the blocks of a GGUF file."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from danlu.formats.gguf_blocks import BLOCKS, PackedTensor, dequantize, quantize
+from danlu.kernels import native
+
+REPACKED = "Q8_0"
+"""What block types without a kernel of their own are turned into, once, as the model is opened."""
+
+_ALIGNMENT = 64
+_FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """``n`` outputs by ``k`` inputs in tiles (`kernels/pack.h`)."""
+
+    kind: str
+    n: int
+    k: int
+    data: npt.NDArray[np.uint8]
+
+    @property
+    def n_bytes(self) -> int:
+        return self.data.nbytes
+
+    def as_weight(self, bias: npt.NDArray[np.float32] | None = None) -> native.Weight:
+        """What the kernels take; the arrays must outlive it."""
+        kind = native.WEIGHT_KINDS.index(self.kind)
+        return native.Weight(self.data.ctypes.data, None if bias is None else bias.ctypes.data, kind, self.n, self.k)
+
+
+def pack(weight: Tensor | PackedTensor) -> Matrix:
+    """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`."""
+    library = native.library()
+    assert library is not None
+    if isinstance(weight, PackedTensor) and weight.kind not in native.WEIGHT_KINDS:
+        full = dequantize(weight.data, weight.kind, weight.shape)
+        weight = PackedTensor(REPACKED, weight.shape, quantize(full, REPACKED))
+    if isinstance(weight, PackedTensor):
+        kind, rows = weight.kind, weight.data
+    else:
+        weight = weight.detach()
+        kind, rows = (_FLOATS[weight.dtype], weight) if weight.dtype in _FLOATS else ("F32", weight.float())
+    n, k = weight.shape
+    elements, n_bytes = BLOCKS[kind]
+    size = -(-n // native.TILE) * native.TILE * (k // elements * n_bytes)
+    data = _aligned(size)
+    rows = rows.contiguous()
+    library.danlu_pack(native.WEIGHT_KINDS.index(kind), rows.data_ptr(), n, k, ctypes.c_void_p(data.ctypes.data))
+    return Matrix(kind, n, k, data)
+
+
+def _aligned(size: int) -> npt.NDArray[np.uint8]:
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size]

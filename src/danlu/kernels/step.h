@@ -1,0 +1,367 @@
+// One step of a decoder: embedding, layers, head, for the new tokens of several sequences. Every thread runs the same
+// code; between two parts that depend on each other they meet at a barrier.
+#pragma once
+#include <algorithm>
+
+#include "abi.h"
+#include "attention.h"
+#include "dense.h"
+#include "pool.h"
+#include "quantized.h"
+
+constexpr int ROW_BLOCK = 128;       // rows that share a weight tile while it is in the first cache
+constexpr int ATTENTION_ROWS = 48;   // query rows that share a block of keys
+constexpr int FEW_ROWS = 4;          // below, work on rows is done by one thread at the barrier itself
+
+inline void rms_norm(const float* x, const float* weight, int dim, float eps, float* out) {
+    Vec squares = set1(0);
+    int i = 0;
+    for (; i + W <= dim; i += W) squares = fma(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (; i < dim; i++) total += x[i] * x[i];
+    float scale = 1 / std::sqrt(total / dim + eps);
+    for (i = 0; i + W <= dim; i += W) store(out + i, load(x + i) * set1(scale) * load(weight + i));
+    for (; i < dim; i++) out[i] = x[i] * scale * weight[i];
+}
+
+inline Vec activate(Vec x, int kind) {
+    switch (kind) {
+        case SILU: return x / (set1(1) + exp(set1(0) - x));
+        case GELU_TANH: return set1(0.5f) * x * (set1(1) + tanh(set1(0.7978845608f) * fma(x * x * x, set1(0.044715f), x)));
+        case RELU: return max(x, set1(0));
+        default: {
+            float each[W];
+            store(each, x);
+            for (float& e : each) e = 0.5f * e * (1 + std::erf(e * 0.70710678f));
+            return load(each);
+        }
+    }
+}
+
+inline size_t matrix_tile_bytes(const Weight& w) {
+    return w.kind <= F16 ? size_t(TILE) * w.k * (w.kind == F32 ? 4 : 2) : w.k / BLOCK * tile_bytes(w.kind);
+}
+
+// One row of a matrix as floats: an embedding.
+inline void unpack_row(const Weight& w, int row, float* out) {
+    const uint8_t* tile = w.data + row / TILE * matrix_tile_bytes(w);
+    int c = row % TILE;
+    if (w.kind <= F16) {
+        for (int i = 0; i < w.k; i++) {
+            size_t at = size_t(i) * TILE + c;
+            out[i] = w.kind == F32 ? ((const float*)tile)[at] : w.kind == BF16 ? to_float(((const bf16*)tile)[at]) : to_float(((const f16*)tile)[at]);
+        }
+        return;
+    }
+    for (int b = 0; b < w.k / BLOCK; b++, tile += tile_bytes(w.kind), out += BLOCK) {
+        const f16* scales = (const f16*)(tile + (w.kind == Q8_0 ? 512 : 256));
+        float d = to_float(scales[c]), m = w.kind == Q4_1 ? to_float(scales[TILE + c]) : w.kind == Q4_0 ? -8 * d : 0;
+        for (int i = 0; i < BLOCK; i++) {
+            if (w.kind == Q8_0) out[i] = d * int8_t(tile[i / 4 * 64 + c * 4 + i % 4]);
+            else {
+                uint8_t both = tile[i % 16 / 4 * 64 + c * 4 + i % 4];
+                out[i] = d * (i < 16 ? both & 15 : both >> 4) + m;
+            }
+        }
+    }
+}
+
+class Step {
+  public:
+    Step(const Model& model, int n_threads) : model_(model), pool_(n_threads) {
+        for (int l = 0; l < model.n_layers; l++) {
+            const Layer& layer = model.layers[l];
+            for (const Weight* w : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down})
+                (w->kind <= F16 ? dense_ : quantized_) = true;
+        }
+        (model.head.kind <= F16 ? dense_ : quantized_) = true;
+        q_dim_ = model.n_heads * model.head_dim, kv_dim_ = model.n_kv_heads * model.head_dim;
+        block_bytes_ = cache_block_bytes(model.cache_kind, model.head_dim);
+    }
+
+    void run(const Batch& batch) {
+        batch_ = &batch;
+        const int n = batch.n_tokens, widest = std::max({model_.dim, q_dim_, model_.ffn_dim});
+        fit(x_, size_t(n) * model_.dim), fit(branch_, size_t(n) * model_.dim), fit(qkv_, size_t(n) * (q_dim_ + 2 * kv_dim_));
+        fit(attended_, size_t(n) * q_dim_), fit(ffn_, size_t(n) * model_.ffn_dim);
+        fit(input_, size_t(n) * widest);
+        if (quantized_) fit(codes_, size_t(n) * widest), fit(scales_, size_t(n) * widest / BLOCK), fit(sums_, size_t(n) * widest / BLOCK);
+        pieces_.clear();
+        const int group = model_.n_heads / model_.n_kv_heads, tokens = std::max(1, ATTENTION_ROWS / group);
+        for (int s = 0; s < batch.n_sequences; s++)
+            for (int t = batch.starts[s]; t < batch.starts[s + 1]; t += tokens)
+                pieces_.push_back({s, t, std::min(t + tokens, batch.starts[s + 1])});
+        sequence_of_.resize(n);
+        for (int s = 0; s < batch.n_sequences; s++)
+            std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);
+        pool_.run([this] { work(); });
+    }
+
+  private:
+    struct Piece {
+        int sequence, begin, end;  // tokens of one sequence
+    };
+
+    template <class T>
+    static void fit(std::vector<T>& buffer, size_t n) {
+        if (buffer.size() < n) buffer.resize(n);
+    }
+
+    // ---- what all threads run
+
+    void work() {
+        const int n = batch_->n_tokens;
+        if (model_.n_layers) {
+            pool_.share(n, 1, [&](int t) { embed(t), prepare(t, n, x_.data(), model_.layers[0].attention_norm, model_.dim); });
+            pool_.barrier();
+        }
+        for (int l = 0; l < model_.n_layers; l++) {
+            const Layer& layer = model_.layers[l];
+            project_qkv(layer);
+            rows(n, [&](int t) { turn_and_keep(layer, t); });
+            attention(layer);
+            rows(n, [&](int t) { prepare(t, n, attended_.data(), nullptr, q_dim_); });
+            add_to_stream(layer.o, n, layer.post_attention_norm, layer.mlp_norm);
+            feed_forward(layer);
+            rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim); });
+            bool last = l + 1 == model_.n_layers;
+            add_to_stream(layer.down, n, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
+        }
+        rows(batch_->n_rows, [&](int r) { finish(r); });
+        if (batch_->logits) head();
+        pool_.barrier();
+    }
+
+    // After a part: everyone waits, then `item` is done for each row.
+    template <class Item>
+    void rows(int n, const Item& item) {
+        if (n < FEW_ROWS) {
+            pool_.barrier([&] {
+                for (int i = 0; i < n; i++) item(i);
+            });
+        } else {
+            pool_.barrier();
+            pool_.share(n, 1, item);
+            pool_.barrier();
+        }
+    }
+
+    void embed(int t) {
+        float* x = x_.data() + size_t(t) * model_.dim;
+        unpack_row(model_.embed, batch_->ids[t], x);
+        if (model_.embed_scale != 1)
+            for (int i = 0; i < model_.dim; i++) x[i] *= model_.embed_scale;
+    }
+
+    // Row t of `from`, normalised where there is a norm, as the input of the next products.
+    void prepare(int t, int n, const float* from, const float* norm, int dim) {
+        const float* row = from + size_t(t) * dim;
+        float* input = input_.data() + size_t(t) * dim;
+        if (norm) rms_norm(row, norm, dim, model_.norm_eps, input);
+        else if (dense_) std::copy_n(row, dim, input);
+        if (quantized_) quantize_row(norm ? input : row, dim, quantized_input(n), t);
+    }
+
+    Quantized quantized_input(int n) { return {codes_.data(), scales_.data(), sums_.data(), n}; }
+
+    // Outputs 16 * tile .. of rows row0.. : (rows, 16).
+    void product(const Weight& w, int tile, int n, int row0, int rows, float* out) {
+        const uint8_t* data = w.data + tile * matrix_tile_bytes(w);
+        const float* x = input_.data() + size_t(row0) * w.k;
+        switch (w.kind) {
+            case F32: by_16(x, w.k, rows, (const float*)data, TILE, w.k, out, TILE, false); break;
+            case BF16: by_16(x, w.k, rows, (const bf16*)data, TILE, w.k, out, TILE, false); break;
+            case F16: by_16(x, w.k, rows, (const f16*)data, TILE, w.k, out, TILE, false); break;
+            case Q8_0: quantized_tile<Q8_0>(data, w.k, quantized_input(n), row0, rows, out); break;
+            case Q4_0: quantized_tile<Q4_0>(data, w.k, quantized_input(n), row0, rows, out); break;
+            default: quantized_tile<Q4_1>(data, w.k, quantized_input(n), row0, rows, out);
+        }
+        if (w.bias)
+            for (int m = 0; m < rows; m++)
+                for (int c = 0; c < std::min(TILE, w.n - tile * TILE); c++) out[m * TILE + c] += w.bias[tile * TILE + c];
+    }
+
+    static int tiles(const Weight& w) { return (w.n + TILE - 1) / TILE; }
+
+    // Shares the tiles of one or more matrices; `item(tile, row0, rows)`.
+    template <class Item>
+    void share_tiles(int n_tiles, int n, const Item& item) {
+        int chunk = n >= ROW_BLOCK ? 1 : std::max(1, n_tiles / (pool_.size() * 8));
+        pool_.share(n_tiles, chunk, [&](int tile) {
+            for (int row0 = 0; row0 < n; row0 += ROW_BLOCK) item(tile, row0, std::min(ROW_BLOCK, n - row0));
+        });
+    }
+
+    static void put(const float* tile, int rows, int columns, float* to, size_t ld) {
+        for (int m = 0; m < rows; m++, tile += TILE, to += ld) std::copy_n(tile, columns, to);
+    }
+
+    void project_qkv(const Layer& layer) {
+        const int n = batch_->n_tokens, width = q_dim_ + 2 * kv_dim_, nq = tiles(layer.q), nk = tiles(layer.k);
+        share_tiles(nq + 2 * nk, n, [&](int tile, int row0, int rows) {
+            bool is_q = tile < nq, is_k = tile < nq + nk;
+            const Weight& w = is_q ? layer.q : is_k ? layer.k : layer.v;
+            int own = is_q ? tile : is_k ? tile - nq : tile - nq - nk;
+            int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * TILE;
+            alignas(64) float out[ROW_BLOCK * TILE];
+            product(w, own, n, row0, rows, out);
+            put(out, rows, std::min(TILE, w.n - own * TILE), qkv_.data() + size_t(row0) * width + column, width);
+        });
+    }
+
+    // Normalises and turns queries and keys of a token, and keeps its keys and values.
+    void turn_and_keep(const Layer& layer, int t) {
+        const int dim = model_.head_dim;
+        float* q = qkv_.data() + size_t(t) * (q_dim_ + 2 * kv_dim_);
+        float *k = q + q_dim_, *v = k + kv_dim_;
+        if (model_.qk_norm == FULL_WIDTH) {
+            rms_norm(q, layer.q_norm, q_dim_, model_.norm_eps, q);
+            rms_norm(k, layer.k_norm, kv_dim_, model_.norm_eps, k);
+        }
+        for (int h = 0; h < model_.n_heads + model_.n_kv_heads; h++) {
+            float* x = q + h * dim;
+            if (model_.qk_norm == PER_HEAD)
+                rms_norm(x, h < model_.n_heads ? layer.q_norm : layer.k_norm, dim, model_.norm_eps, x);
+            if (layer.rope >= 0) turn(x, layer, t);
+        }
+        const Cache& cache = batch_->caches[layer.group];
+        const int position = batch_->positions[t];
+        for (int h = 0; h < model_.n_kv_heads; h++) {
+            size_t at = cache_offset(layer, cache, block_of(layer.group, sequence_of_[t], position), h);
+            keep(cache.keys + at, position % TILE, k + h * dim, true);
+            keep(cache.values + at, position % TILE, v + h * dim, false);
+        }
+    }
+
+    void turn(float* x, const Layer& layer, int t) {
+        const int half = batch_->rotated[layer.rope] / 2;
+        const float *cos = batch_->cos[layer.rope] + size_t(t) * half, *sin = batch_->sin[layer.rope] + size_t(t) * half;
+        for (int i = 0; i < half; i++) {
+            float &a = layer.interleaved ? x[2 * i] : x[i], &b = layer.interleaved ? x[2 * i + 1] : x[half + i];
+            float turned = a * cos[i] - b * sin[i];
+            b = b * cos[i] + a * sin[i];
+            a = turned;
+        }
+    }
+
+    void keep(uint8_t* block, int place, const float* x, bool key) {
+        switch (model_.cache_kind) {
+            case KV_F32: write_cache<float>(block, place, x, model_.head_dim, key); break;
+            case KV_BF16: write_cache<bf16>(block, place, x, model_.head_dim, key); break;
+            default: write_cache<int8_t>(block, place, x, model_.head_dim, key);
+        }
+    }
+
+    int block_of(int group, int sequence, int position) const {
+        return batch_->tables[group][size_t(sequence) * batch_->table_widths[group] + position / TILE];
+    }
+
+    size_t cache_offset(const Layer& layer, const Cache& cache, int64_t block, int head) const {
+        return ((layer.layer_in_group * cache.n_blocks + block) * model_.n_kv_heads + head) * block_bytes_;
+    }
+
+    void attention(const Layer& layer) {
+        const int group = model_.n_heads / model_.n_kv_heads, dim = model_.head_dim, width = q_dim_ + 2 * kv_dim_;
+        const int n_pieces = int(pieces_.size());
+        // Few pieces: the heads of a group go to different threads, though they read the same keys.
+        const int together = n_pieces * model_.n_kv_heads >= 4 * pool_.size() ? group : 1;
+        const int heads = model_.n_heads / together;
+        const Cache& cache = batch_->caches[layer.group];
+        pool_.share(n_pieces * heads, 1, [&](int i) {
+            static thread_local AttentionScratch scratch;
+            const Piece& piece = pieces_[i / heads];
+            const int head = i % heads * together, n_rows = (piece.end - piece.begin) * together;
+            int positions[ATTENTION_ROWS + 256];
+            scratch.fit(n_rows, dim);
+            float* query = scratch.queries.data();
+            for (int t = piece.begin, m = 0; t < piece.end; t++)
+                for (int h = head; h < head + together; h++, m++, query += dim) {
+                    positions[m] = batch_->positions[t];
+                    const float* q = qkv_.data() + size_t(t) * width + h * dim;
+                    for (int d = 0; d < dim; d++) query[d] = q[d] * layer.scale;
+                }
+            size_t base = cache_offset(layer, cache, 0, head / group);
+            Heads one{cache.keys + base, cache.values + base, model_.n_kv_heads * block_bytes_,
+                      batch_->tables[layer.group] + size_t(piece.sequence) * batch_->table_widths[layer.group],
+                      dim, layer.window, model_.attention_softcap};
+            switch (model_.cache_kind) {
+                case KV_F32: attend<float>(one, positions, n_rows, scratch); break;
+                case KV_BF16: attend<bf16>(one, positions, n_rows, scratch); break;
+                default: attend<int8_t>(one, positions, n_rows, scratch);
+            }
+            const float* out = scratch.out.data();
+            for (int t = piece.begin; t < piece.end; t++)
+                for (int h = head; h < head + together; h++, out += dim)
+                    std::copy_n(out, dim, attended_.data() + size_t(t) * q_dim_ + h * dim);
+        });
+    }
+
+    void feed_forward(const Layer& layer) {
+        const int n = batch_->n_tokens, width = model_.ffn_dim;
+        share_tiles(tiles(layer.gate), n, [&](int tile, int row0, int rows) {
+            alignas(64) float gate[ROW_BLOCK * TILE], up[ROW_BLOCK * TILE];
+            product(layer.gate, tile, n, row0, rows, gate);
+            product(layer.up, tile, n, row0, rows, up);
+            for (int i = 0; i < rows * TILE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
+            put(gate, rows, std::min(TILE, width - tile * TILE), ffn_.data() + size_t(row0) * width + tile * TILE, width);
+        });
+    }
+
+    // x += w input, with the branch's own norm where there is one; then the input of the next branch.
+    void add_to_stream(const Weight& w, int n, const float* post_norm, const float* next_norm) {
+        const int dim = model_.dim;
+        share_tiles(tiles(w), n, [&](int tile, int row0, int rows) {
+            alignas(64) float out[ROW_BLOCK * TILE];
+            product(w, tile, n, row0, rows, out);
+            int columns = std::min(TILE, dim - tile * TILE);
+            float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + tile * TILE;
+            if (post_norm) put(out, rows, columns, to, dim);
+            else
+                for (int m = 0; m < rows; m++, to += dim)
+                    for (int c = 0; c < columns; c++) to[c] += out[m * TILE + c];
+        });
+        rows(n, [&](int t) {
+            float* x = x_.data() + size_t(t) * dim;
+            if (post_norm) {
+                float* y = branch_.data() + size_t(t) * dim;
+                rms_norm(y, post_norm, dim, model_.norm_eps, y);
+                for (int i = 0; i < dim; i++) x[i] += y[i];
+            }
+            prepare(t, n, x_.data(), next_norm, dim);
+        });
+    }
+
+    // The final norm of a wanted row; branch_ is free to hold them, close together.
+    void finish(int r) {
+        const int dim = model_.dim;
+        float* hidden = branch_.data() + size_t(r) * dim;
+        rms_norm(x_.data() + size_t(batch_->rows[r]) * dim, model_.norm, dim, model_.norm_eps, hidden);
+        if (batch_->hidden) std::copy_n(hidden, dim, batch_->hidden + size_t(r) * dim);
+        if (model_.head_scale != 1)
+            for (int i = 0; i < dim; i++) hidden[i] *= model_.head_scale;
+        if (batch_->logits) prepare(r, batch_->n_rows, branch_.data(), nullptr, dim);
+    }
+
+    void head() {
+        const int n = batch_->n_rows, width = model_.head.n;
+        share_tiles(tiles(model_.head), n, [&](int tile, int row0, int rows) {
+            alignas(64) float out[ROW_BLOCK * TILE];
+            product(model_.head, tile, n, row0, rows, out);
+            if (model_.logit_softcap > 0)
+                for (int i = 0; i < rows * TILE; i += W)
+                    store(out + i, set1(model_.logit_softcap) * tanh(load(out + i) * set1(1 / model_.logit_softcap)));
+            put(out, rows, std::min(TILE, width - tile * TILE), batch_->logits + size_t(row0) * width + tile * TILE, width);
+        });
+    }
+
+    const Model model_;
+    Pool pool_;
+    const Batch* batch_ = nullptr;
+    bool dense_ = false, quantized_ = false;
+    int q_dim_, kv_dim_;
+    size_t block_bytes_;
+    std::vector<float> x_, branch_, qkv_, attended_, ffn_, input_, scales_, sums_;
+    std::vector<int8_t> codes_;
+    std::vector<Piece> pieces_;
+    std::vector<int> sequence_of_;
+};
