@@ -41,7 +41,8 @@ class KernelsHook(BuildHookInterface[Any]):
 
 def _load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("danlu_kernels_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

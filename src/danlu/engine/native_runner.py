@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,10 @@ NORMS = {
 
 
 def why_not(config: ModelConfig) -> str | None:
-    """Why the kernels cannot run a model of this shape; None where they can."""
+    """Why the kernels cannot run a model of this shape here; None where they can."""
+    path, reason = native.choose()
+    if path is None:
+        return reason
     missing = {
         "LayerNorm": config.norm != "rms" or not config.final_norm or config.embed_norm,
         f"{config.arrangement} blocks": config.arrangement not in ("pre", "sandwich", "branch"),
@@ -65,9 +68,9 @@ class NativeRunner:
     """See :class:`danlu.engine.batch.Runner`.
 
     Args:
-        model: a model folder or GGUF file, whose weights are kept as they are stored, or a model in memory, whose
-            weights are copied: :meth:`update` copies them again.
+        weights: by our names, floats or the blocks of a GGUF file. They are copied; :meth:`update` copies others.
         kv_dtype: of the cache; auto: fp32 beside fp32 weights, else bf16.
+        weight_dtype: what float matrices are turned into: int8 (Q8_0), int4 (Q4_1), or none: kept.
         threads: default as torch has them.
 
     Raises:
@@ -79,42 +82,55 @@ class NativeRunner:
 
     def __init__(
         self,
-        model: str | Path | CausalLM,
+        config: ModelConfig,
+        weights: Weights,
         *,
         kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto",
+        weight_dtype: Literal["int8", "int4"] | None = None,
         threads: int | None = None,
     ) -> None:
-        self.config, weights = _weights_of(model)
-        self.path, reason = native.choose()
-        if self.path is None or (reason_not := why_not(self.config)):
-            raise DanluError(f"the native kernels cannot run this model: {reason if self.path is None else reason_not}")
-        self._library = native.library()
-        self.groups = kv_groups(self.config)
+        if reason := why_not(config):
+            raise DanluError(f"the native kernels cannot run this model: {reason}")
+        library, (self.path, _) = native.library(), native.choose()
+        assert library is not None
+        assert self.path is not None
+        self._library = library
+        self.config, self.groups = config, kv_groups(config)
         self.threads = threads or torch.get_num_threads()
-        self._ropes = _Ropes(self.config)
+        self._blocks = None if weight_dtype is None else {"int8": "Q8_0", "int4": "Q4_1"}[weight_dtype]
+        self._ropes = _Ropes(config)
+        self._step: int | None = None
+        self._caches: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = []
         self._build(weights)
         if kv_dtype == "auto":
             kv_dtype = "fp32" if self._matrices[0].kind == "F32" else "bf16"
         self.kv_dtype = kv_dtype
-        self._step: int | None = None
-        self._caches: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = []
         self._open()
+
+    @classmethod
+    def open(cls, path: str | Path, **options: Any) -> NativeRunner:
+        """A model folder or GGUF file, its weights as they are stored."""
+        return cls(*stored_weights(path), **options)
+
+    @classmethod
+    def of(cls, model: CausalLM, **options: Any) -> NativeRunner:
+        """A model in memory."""
+        return cls(model.config, dict(model.named_parameters()), **options)
 
     @property
     def weight_bytes(self) -> int:
         """Memory of the weights; each step reads those of the layers and the head once."""
         return sum(matrix.n_bytes for matrix in self._matrices)
 
-    def update(self, model: CausalLM) -> None:
-        """Take the weights of a model of the same shape: between the steps of a trainer that samples from it."""
-        _, weights = _weights_of(model)
+    def update(self, weights: Weights) -> None:
+        """Take other weights for the same shape: between the steps of a trainer that samples from its model."""
         self.close()
         self._build(weights)
         self._open()
 
     def close(self) -> None:
         """Ends the threads."""
-        if self._step is not None and self._library is not None:
+        if self._step is not None:
             self._library.danlu_close(self._step)
             self._step = None
 
@@ -159,7 +175,6 @@ class NativeRunner:
         return hidden
 
     def _run(self, batch: Batch, logits: Tensor | None = None, hidden: Tensor | None = None) -> None:
-        assert self._library is not None
         cos, sin, rotated = self._ropes(batch)
         tables = [np.ascontiguousarray(table) for table in batch.tables]
         widths = np.array([table.shape[1] for table in tables], np.int32)
@@ -186,7 +201,7 @@ class NativeRunner:
     # ---- the model as the kernels see it
 
     def _open(self) -> None:
-        assert self._library is not None and self.path is not None
+        assert self.path is not None
         self._model.cache_kind = native.CACHE_KINDS.index(self.kv_dtype)
         path = list(native.paths()).index(self.path)
         self._step = self._library.danlu_open(ctypes.byref(self._model), self.threads, path)
@@ -240,7 +255,7 @@ class NativeRunner:
         return layer
 
     def _matrix(self, weights: Weights, name: str, bias_of: str | None = None) -> native.Weight:
-        matrix = pack(weights[f"{name}.weight"])
+        matrix = pack(weights[f"{name}.weight"], self._blocks)
         self._matrices.append(matrix)
         bias = self._array(weights, f"{bias_of or name}.bias")
         return matrix.as_weight(bias)
@@ -264,12 +279,6 @@ class NativeRunner:
         return array
 
 
-def _weights_of(model: str | Path | CausalLM) -> tuple[ModelConfig, Weights]:
-    if isinstance(model, CausalLM):
-        return model.config, dict(model.named_parameters())
-    return stored_weights(model)
-
-
 def _pointers(arrays: Sequence[npt.NDArray[np.generic]]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
@@ -290,7 +299,9 @@ class _Ropes:
             if rope.scaling is not None and rope.scaling.kind in ("dynamic", "longrope"):
                 lengths = np.repeat(batch.rope_lengths_s, np.diff(batch.starts_s))
                 each = {n: self._frequencies(number, rope, n) for n in set(batch.rope_lengths_s.tolist())}
-                angles = batch.positions_t[:, None].astype(np.float32) * np.stack([each[n][0] for n in lengths.tolist()])
+                angles = batch.positions_t[:, None].astype(np.float32) * np.stack(
+                    [each[n][0] for n in lengths.tolist()]
+                )
                 factor = next(iter(each.values()))[1]
             else:
                 inverse, factor = self._frequencies(number, rope, 0)

@@ -39,10 +39,16 @@ class Matrix:
         return native.Weight(self.data.ctypes.data, None if bias is None else bias.ctypes.data, kind, self.n, self.k)
 
 
-def pack(weight: Tensor | PackedTensor) -> Matrix:
-    """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`."""
+def pack(weight: Tensor | PackedTensor, blocks: str | None = None) -> Matrix:
+    """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`.
+
+    Args:
+        blocks: what float matrices are turned into, where their rows are whole blocks; default: kept.
+    """
     library = native.library()
     assert library is not None
+    if isinstance(weight, Tensor) and blocks is not None and weight.shape[1] % native.BLOCK == 0:
+        weight = PackedTensor(blocks, tuple(weight.shape), quantize(weight.detach(), blocks))
     if isinstance(weight, PackedTensor) and weight.kind not in native.WEIGHT_KINDS:
         full = dequantize(weight.data, weight.kind, weight.shape)
         weight = PackedTensor(REPACKED, weight.shape, quantize(full, REPACKED))
