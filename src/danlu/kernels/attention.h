@@ -47,6 +47,15 @@ struct Heads {
     float softcap;
 };
 
+inline void fetch(const uint8_t* from, size_t n_bytes) {
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char*)from + i, _MM_HINT_T0);
+}
+
+// The first key that a query at this place sees, down to a whole block.
+inline int first_key(const Heads& heads, int position) {
+    return heads.window ? std::max(0, position - heads.window + 1) / TILE * TILE : 0;
+}
+
 struct AttentionScratch {
     std::vector<float> queries, scores, out, most, total;
     void fit(int rows, int head_dim) {
@@ -55,20 +64,26 @@ struct AttentionScratch {
     }
 };
 
-// The queries, scaled and turned, are in scratch.queries, (rows, head_dim). positions[m] is the place of row m, ascending; the result, (rows, head_dim), is left in scratch.out.
+// The queries, scaled and turned, are in scratch.queries, (rows, head_dim); positions[m] is the place of row m,
+// ascending. Looks at the keys of chunks [begin, end) of KEYS each, from first_key() on, and leaves in scratch the sums
+// `out`, (rows, head_dim), and `total` of each row, both divided by e^most.
 template <class T>
-inline void attend(const Heads& heads, const int* positions, int rows, AttentionScratch& scratch) {
+inline void attend(const Heads& heads, const int* positions, int rows, int begin, int end, AttentionScratch& scratch) {
     const int dim = heads.head_dim;
     float *scores = scratch.scores.data(), *out = scratch.out.data();
     std::fill_n(out, size_t(rows) * dim, 0.0f);
     std::fill_n(scratch.most.data(), rows, -INFINITY);
     std::fill_n(scratch.total.data(), rows, 0.0f);
-    int first = heads.window ? std::max(0, positions[0] - heads.window + 1) / TILE * TILE : 0;
-    int end = positions[rows - 1] + 1;
-    for (int start = first; start < end; start += KEYS) {
-        int n_keys = std::min(KEYS, end - start), n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
+    constexpr int AHEAD = 3;  // blocks lie anywhere in memory: no hardware foresees the next one
+    const size_t block_bytes = cache_block_bytes<T>(dim);
+    const int first = first_key(heads, positions[0]), past = positions[rows - 1] + 1;
+    for (int start = first + begin * KEYS; start < std::min(past, first + end * KEYS); start += KEYS) {
+        int n_keys = std::min(KEYS, past - start), n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
         for (int b = 0; b < n_blocks; b++) {
-            const uint8_t* block = heads.keys + heads.table[start / TILE + b] * heads.stride;
+            const int32_t* at = heads.table + start / TILE + b;
+            const uint8_t* block = heads.keys + *at * heads.stride;
+            if (start + (b + AHEAD) * TILE < past) fetch(heads.keys + at[AHEAD] * heads.stride, block_bytes);
+            fetch(heads.values + *at * heads.stride, block_bytes);
             by_16(scratch.queries.data(), dim, rows, (const T*)block, TILE, dim, scores + b * TILE, KEYS, false);
             if (sizeof(T) == 1) {
                 const float* scales = (const float*)(block + size_t(TILE) * dim);
@@ -128,7 +143,4 @@ inline void attend(const Heads& heads, const int* positions, int rows, Attention
                 by_16(scores + b * TILE, KEYS, rows, (const T*)block + d, dim, filled, out + d, dim, true);
         }
     }
-    for (int m = 0; m < rows; m++)
-        for (int i = 0; i < dim; i += W)
-            store(out + m * dim + i, load(out + m * dim + i) * set1(1 / scratch.total[m]));
 }

@@ -26,7 +26,9 @@ SOURCES: dict[str, tuple[str, ...]] = {
 def compiler() -> str | None:
     """The C++ compiler: what CXX names, else c++, g++ or clang++."""
     named = os.environ.get("CXX")
-    return next((found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ([named] if named else ["c++", "g++", "clang++"]) if (found := shutil.which(name))), None
+    )
 
 
 def why_not() -> str | None:

@@ -99,7 +99,9 @@ def _show(found: dict[str, Any]) -> None:
     table.add_row("CPU", f"{cpu['name']}, {cpu['cores']} cores; {', '.join(cpu['features']) or 'no vector extensions'}")
     table.add_row("memory", f"{found['memory'] / 2**30:.1f} GiB")
     table.add_row("GPU", ", ".join(found["gpus"]) or "none")
-    built = ", ".join(f"{name} {'works here' if works else 'not on this CPU'}" for name, works in kernels["built"].items())
+    built = ", ".join(
+        f"{name} {'works here' if works else 'not on this CPU'}" for name, works in kernels["built"].items()
+    )
     table.add_row("CPU kernels", f"{kernels['active'] or 'torch'}: {kernels['why']}")
     table.add_row("", f"built: {built or 'none'}; C++ compiler: {kernels['compiler'] or 'none'}")
     for name, missing in found["extras"].items():

@@ -51,10 +51,7 @@ class Model(Structure):
         ("norm", c_void_p),
         *((name, c_int32) for name in ("n_layers", "dim", "n_heads", "n_kv_heads", "head_dim", "ffn_dim")),
         *((name, c_int32) for name in ("activation", "qk_norm", "cache_kind")),
-        *(
-            (name, c_float)
-            for name in ("norm_eps", "attention_softcap", "logit_softcap", "embed_scale", "head_scale")
-        ),
+        *((name, c_float) for name in ("norm_eps", "attention_softcap", "logit_softcap", "embed_scale", "head_scale")),
     ]
 
 

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -74,12 +75,13 @@ class Pool {
 
   private:
     static constexpr int SPINS = 4000;
-    static constexpr int IDLE_SPINS = 2000;  // about 50 us: steps follow each other closely while there is work
+    static constexpr auto AWAKE = std::chrono::microseconds(500);  // steps follow each other while there is work
 
     void work() {
         for (int done = 0;;) {
-            for (int spins = 0; spins < IDLE_SPINS && job_number_.load(std::memory_order_acquire) == done; spins++)
-                _mm_pause();
+            const auto since = std::chrono::steady_clock::now();
+            while (job_number_.load(std::memory_order_acquire) == done && std::chrono::steady_clock::now() - since < AWAKE)
+                for (int i = 0; i < 32; i++) _mm_pause();
             if (job_number_.load(std::memory_order_acquire) == done) {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return job_number_.load(std::memory_order_acquire) != done; });

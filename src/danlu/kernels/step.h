@@ -91,6 +91,10 @@ class Step {
         for (int s = 0; s < batch.n_sequences; s++)
             for (int t = batch.starts[s]; t < batch.starts[s + 1]; t += tokens)
                 pieces_.push_back({s, t, std::min(t + tokens, batch.starts[s + 1])});
+        const int items = int(pieces_.size()) * model_.n_kv_heads;
+        splits_ = items >= 4 * pool_.size() ? 1 : (4 * pool_.size() + items - 1) / items;
+        const size_t parts = size_t(splits_) * n * model_.n_heads;
+        fit(most_, parts), fit(total_, parts), fit(parts_, parts * model_.head_dim);
         sequence_of_.resize(n);
         for (int s = 0; s < batch.n_sequences; s++)
             std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);
@@ -120,7 +124,7 @@ class Step {
             project_qkv(layer);
             rows(n, [&](int t) { turn_and_keep(layer, t); });
             attention(layer);
-            rows(n, [&](int t) { prepare(t, n, attended_.data(), nullptr, q_dim_); });
+            rows(n, [&](int t) { join(t), prepare(t, n, attended_.data(), nullptr, q_dim_); });
             add_to_stream(layer.o, n, layer.post_attention_norm, layer.mlp_norm);
             feed_forward(layer);
             rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim); });
@@ -260,40 +264,60 @@ class Step {
         return ((layer.layer_in_group * cache.n_blocks + block) * model_.n_kv_heads + head) * block_bytes_;
     }
 
+    // Where there are few pieces of work the keys are split too, and the parts are joined by join().
     void attention(const Layer& layer) {
         const int group = model_.n_heads / model_.n_kv_heads, dim = model_.head_dim, width = q_dim_ + 2 * kv_dim_;
-        const int n_pieces = int(pieces_.size());
-        // Few pieces: the heads of a group go to different threads, though they read the same keys.
-        const int together = n_pieces * model_.n_kv_heads >= 4 * pool_.size() ? group : 1;
-        const int heads = model_.n_heads / together;
         const Cache& cache = batch_->caches[layer.group];
-        pool_.share(n_pieces * heads, 1, [&](int i) {
+        pool_.share(int(pieces_.size()) * model_.n_kv_heads * splits_, 1, [&](int i) {
             static thread_local AttentionScratch scratch;
-            const Piece& piece = pieces_[i / heads];
-            const int head = i % heads * together, n_rows = (piece.end - piece.begin) * together;
+            const int split = i % splits_, kv_head = i / splits_ % model_.n_kv_heads;
+            const Piece& piece = pieces_[i / splits_ / model_.n_kv_heads];
+            const int n_rows = (piece.end - piece.begin) * group;
             int positions[ATTENTION_ROWS + 256];
             scratch.fit(n_rows, dim);
             float* query = scratch.queries.data();
             for (int t = piece.begin, m = 0; t < piece.end; t++)
-                for (int h = head; h < head + together; h++, m++, query += dim) {
+                for (int h = 0; h < group; h++, m++, query += dim) {
                     positions[m] = batch_->positions[t];
-                    const float* q = qkv_.data() + size_t(t) * width + h * dim;
+                    const float* q = qkv_.data() + size_t(t) * width + (kv_head * group + h) * dim;
                     for (int d = 0; d < dim; d++) query[d] = q[d] * layer.scale;
                 }
-            size_t base = cache_offset(layer, cache, 0, head / group);
-            Heads one{cache.keys + base, cache.values + base, model_.n_kv_heads * block_bytes_,
-                      batch_->tables[layer.group] + size_t(piece.sequence) * batch_->table_widths[layer.group],
-                      dim, layer.window, model_.attention_softcap};
+            size_t base = cache_offset(layer, cache, 0, kv_head);
+            Heads heads{cache.keys + base, cache.values + base, model_.n_kv_heads * block_bytes_,
+                        batch_->tables[layer.group] + size_t(piece.sequence) * batch_->table_widths[layer.group],
+                        dim, layer.window, model_.attention_softcap};
+            const int n_keys = positions[n_rows - 1] + 1 - first_key(heads, positions[0]);
+            const int chunks = (n_keys + KEYS - 1) / KEYS;
+            const int begin = chunks * split / splits_, end = chunks * (split + 1) / splits_;
             switch (model_.cache_kind) {
-                case KV_F32: attend<float>(one, positions, n_rows, scratch); break;
-                case KV_BF16: attend<bf16>(one, positions, n_rows, scratch); break;
-                default: attend<int8_t>(one, positions, n_rows, scratch);
+                case KV_F32: attend<float>(heads, positions, n_rows, begin, end, scratch); break;
+                case KV_BF16: attend<bf16>(heads, positions, n_rows, begin, end, scratch); break;
+                default: attend<int8_t>(heads, positions, n_rows, begin, end, scratch);
             }
-            const float* out = scratch.out.data();
-            for (int t = piece.begin; t < piece.end; t++)
-                for (int h = head; h < head + together; h++, out += dim)
-                    std::copy_n(out, dim, attended_.data() + size_t(t) * q_dim_ + h * dim);
+            for (int t = piece.begin, m = 0; t < piece.end; t++)
+                for (int h = kv_head * group; h < (kv_head + 1) * group; h++, m++) {
+                    size_t part = (size_t(split) * batch_->n_tokens + t) * model_.n_heads + h;
+                    most_[part] = scratch.most[m], total_[part] = scratch.total[m];
+                    std::copy_n(scratch.out.data() + m * dim, dim, parts_.data() + part * dim);
+                }
         });
+    }
+
+    // The parts of a token's attention over its keys, weighed by what each saw.
+    void join(int t) {
+        const int dim = model_.head_dim;
+        for (int h = 0; h < model_.n_heads; h++) {
+            float* to = attended_.data() + size_t(t) * q_dim_ + h * dim;
+            size_t first = size_t(t) * model_.n_heads + h, step = size_t(batch_->n_tokens) * model_.n_heads;
+            float most = most_[first], total = 0;
+            for (int s = 1; s < splits_; s++) most = std::max(most, most_[first + s * step]);
+            for (int s = 0; s < splits_; s++) total += total_[first + s * step] * std::exp(most_[first + s * step] - most);
+            for (int s = 0; s < splits_; s++) {
+                const float* part = parts_.data() + (first + s * step) * dim;
+                Vec weight = set1(std::exp(most_[first + s * step] - most) / total);
+                for (int d = 0; d < dim; d += W) store(to + d, s ? fma(weight, load(part + d), load(to + d)) : weight * load(part + d));
+            }
+        }
     }
 
     void feed_forward(const Layer& layer) {
@@ -358,9 +382,9 @@ class Step {
     Pool pool_;
     const Batch* batch_ = nullptr;
     bool dense_ = false, quantized_ = false;
-    int q_dim_, kv_dim_;
+    int q_dim_, kv_dim_, splits_ = 1;
     size_t block_bytes_;
-    std::vector<float> x_, branch_, qkv_, attended_, ffn_, input_, scales_, sums_;
+    std::vector<float> x_, branch_, qkv_, attended_, ffn_, input_, scales_, sums_, most_, total_, parts_;
     std::vector<int8_t> codes_;
     std::vector<Piece> pieces_;
     std::vector<int> sequence_of_;
