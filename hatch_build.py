@@ -25,13 +25,13 @@ class KernelsHook(BuildHookInterface[Any]):
         folder = Path(self.root) / KERNELS
         builder = _load(folder / "build.py")
         try:
-            library = builder.build(folder, folder)
+            libraries = builder.build(folder, folder)
         except RuntimeError as error:
             if wanted == "require":
                 raise
             self.app.display_warning(f"danlu is installed without its CPU kernels: {error}")
             return
-        build_data["artifacts"].append(str(KERNELS / library.name))
+        build_data["artifacts"] += [str(KERNELS / library.name) for library in libraries]
         build_data["pure_python"] = False
         # Plain C behind ctypes: any Python 3, but this platform.
         from packaging.tags import sys_tags

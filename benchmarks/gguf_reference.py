@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from danlu.engine.generate import Decoder
+from danlu.engine.generate import generate_tokens
 from danlu.engine.sampling import SamplingParams
 from danlu.models.causal_lm import CausalLM
 from danlu.models.convert import convert
@@ -143,10 +143,11 @@ def by_danlu(model: CausalLM, prompts: list[list[int]], stop_ids: set[int]) -> l
     """The same, one prompt at a time."""
     found = []
     for ids in prompts:
-        decoder = Decoder(model, [ids], [SamplingParams(max_new_tokens=TOKENS, temperature=0.0)])
         tokens: list[int] = []
-        while len(tokens) < TOKENS and not (tokens and tokens[-1] in stop_ids):
-            tokens += decoder.step()
+        for token_id in generate_tokens(model, ids, SamplingParams(max_new_tokens=TOKENS, temperature=0.0)):
+            tokens.append(token_id)
+            if token_id in stop_ids:
+                break
         found.append(tokens)
     return found
 

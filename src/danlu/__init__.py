@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.data.mining import mine_instructions as mine_instructions
     from danlu.engine.classify_config import ClassifyConfig as ClassifyConfig
     from danlu.engine.classify_verb import classify as classify
-    from danlu.engine.config import ChatConfig as ChatConfig
-    from danlu.engine.config import GenerateConfig as GenerateConfig
     from danlu.engine.verbs import chat as chat
     from danlu.engine.verbs import generate as generate
+    from danlu.engine.verbs_config import ChatConfig as ChatConfig
+    from danlu.engine.verbs_config import GenerateConfig as GenerateConfig
     from danlu.evaluation.config import EvaluateConfig as EvaluateConfig
     from danlu.evaluation.evaluate import evaluate as evaluate
     from danlu.formats.config import InspectConfig as InspectConfig

@@ -69,7 +69,7 @@ def option(
         default: the default value, or ``REQUIRED``. A tuple stands for a list.
         help: one sentence for the help text; say what the field does, not what it is called.
         unit: unit of the number ("tokens", "minutes", ...), shown behind the default.
-        ge, gt, le, lt: bounds of a number (or of every number in a tuple).
+        ge, gt, le, lt: bounds of a number (or of every number in a tuple, every value of a mapping).
         positional: the command line takes it without ``--name``.
         affects_result: False for fields that change where or how a run goes but not what it makes (output folder,
             progress, logging); they are left out of the fingerprint that decides whether a finished stage is reused.
@@ -237,6 +237,8 @@ def _coerce(value: Any, hint: Any) -> Any:
         coerced = [_coerce(item, args[0]) for item in items]
         return tuple(coerced) if origin is tuple else coerced
     if origin is dict:
+        if isinstance(value, str):
+            value = _mapping_of(value)
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not a mapping")
         return {_coerce(k, args[0]): _coerce(v, args[1]) for k, v in value.items()}
@@ -284,6 +286,15 @@ def _coerce(value: Any, hint: Any) -> Any:
     raise TypeError(f"config fields cannot be of type {hint!r}")  # a programmer's mistake, not a user's
 
 
+def _mapping_of(text: str) -> Any:
+    """A mapping as it is typed behind ``--option``; what is none stays as it is."""
+    try:
+        found = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    return found if isinstance(found, dict) else text
+
+
 def _is_text(hint: Any) -> bool:
     """Whether what is typed for a field is its value as it stands: `revision=1.10` is not the number 1.1."""
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -294,7 +305,9 @@ def _is_text(hint: Any) -> bool:
 
 
 def _out_of_bounds(value: Any, bounds: Option) -> list[str]:
-    numbers = value if isinstance(value, (tuple, list)) else [value]
+    numbers = (
+        list(value.values()) if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else [value]
+    )
     unit = f" {bounds.unit}" if bounds.unit else ""
     problems = []
     for number in numbers:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from danlu.config import validate
-from danlu.engine.config import ChatConfig, GenerateConfig
 from danlu.engine.generate import generate_text
 from danlu.engine.sampling import SamplingParams
 from danlu.engine.verbs import chat, fit_context, generate, open_model
+from danlu.engine.verbs_config import ChatConfig, GenerateConfig
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
 from danlu.models.causal_lm import CausalLM
@@ -53,7 +53,7 @@ def test_generate_answers_a_file_of_prompts_in_order(
     path = tmp_path / "prompts.jsonl"
     path.write_text('"def f(x):"\n\n{"prompt": "丹炉"}\n"def f(x):"\n', encoding="utf-8")
     config = GenerateConfig(
-        model=model_folder, prompts_file=path, max_new_tokens=6, temperature=1.0, seed=3, batch_size=2
+        model=model_folder, prompts_file=path, max_new_tokens=6, temperature=1.0, seed=3, max_running=2
     )
     answers = generate(config)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.engine.generate import Decoder, TextStream, generate_text, generate_tokens, stream_text
-from danlu.engine.sampling import SamplingParams
+from danlu.engine.config import SamplingParams
+from danlu.engine.engine import Engine
+from danlu.engine.engine_config import EngineConfig
+from danlu.engine.generate import generate_text, generate_tokens, stream_text
+from danlu.engine.text_stream import TextStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope
@@ -88,15 +92,77 @@ def test_greedy_is_what_transformers_generates(model: CausalLM, tmp_path: Path) 
         assert completion.finish_reason == ("stop" if STOP in theirs else "length")
 
 
+def test_beams_are_those_of_transformers(model: CausalLM, tmp_path: Path) -> None:
+    """Several searches beside a greedy answer, in few blocks."""
+    from transformers import AutoModelForCausalLM
+
+    from danlu.models.load import save_model
+
+    save_model(model, tmp_path)
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    params = replace(GREEDY, beams=3, n=3, max_new_tokens=10, length_penalty=0.5)
+    with Engine(model, EngineConfig(max_running=8, step_tokens=16), TOKENIZER) as engine:
+        generations = engine.generate(PROMPTS + PROMPTS[:1], [params] * len(PROMPTS) + [GREEDY])
+        engine.check()
+        assert engine.stats.blocks_used == 0
+    for prompt, generation in zip(PROMPTS, generations, strict=False):
+        ids = torch.tensor([[BOS, *prompt.encode()]])
+        theirs = peer.generate(
+            ids, num_beams=3, num_return_sequences=3, length_penalty=0.5, max_new_tokens=10, do_sample=False,
+            eos_token_id=STOP, pad_token_id=STOP,
+        )  # fmt: skip
+        expected = [[i for i in row if i != STOP] for row in theirs[:, ids.shape[1] :].tolist()]
+        assert [completion.token_ids for completion in generation.completions] == expected
+    assert generations[-1].completions == generate_text(model, TOKENIZER, PROMPTS[:1], GREEDY)
+
+
 def test_a_cache_changes_nothing(model: CausalLM) -> None:
     prompt = [BOS, *b"def f(x):"]
     assert list(generate_tokens(model, prompt, GREEDY)) == without_cache(model, prompt, 20)
 
 
-def test_a_prompt_longer_than_a_prefill_piece(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = [c.token_ids for c in generate_text(model, TOKENIZER, PROMPTS, GREEDY)]
-    monkeypatch.setattr("danlu.engine.generate.PREFILL_TOKENS", 4)
-    assert [c.token_ids for c in generate_text(model, TOKENIZER, PROMPTS, GREEDY)] == expected
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_running": 4, "step_tokens": 4},
+        {"block_size": 1},
+        {"draft": "ngram"},
+        {"prefix_cache": False},
+        {"kv_memory": 1, "block_size": 64},
+    ],
+)
+def test_how_the_engine_runs_changes_nothing(model: CausalLM, options: dict[str, Any]) -> None:
+    expected = generate_text(model, TOKENIZER, PROMPTS, GREEDY)
+    with Engine(model, EngineConfig(**options), TOKENIZER) as engine:
+        for _ in range(2):
+            assert [g.completions[0] for g in engine.generate(PROMPTS, GREEDY)] == expected
+        engine.check()
+
+
+def test_an_engine_opens_a_folder_and_a_draft_model(model_folder: Path, model: CausalLM) -> None:
+    from danlu.models.load import load_model
+    from danlu.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model_folder)
+    prompts = ["def f", "return x +"]
+    loaded = load_model(model_folder, CausalLM)
+    expected = generate_text(loaded, tokenizer, prompts, GREEDY)
+    for options in ({}, {"draft_model": model_folder}):
+        with Engine(model_folder, EngineConfig(precision="fp32", **options)) as engine:
+            generations = engine.generate(prompts, GREEDY)
+            assert [g.completions[0] for g in generations] == expected
+            assert (sum(g.stats.accepted for g in generations) > 0) == bool(options)
+            ids = torch.tensor([tokenizer.encode(prompts[0])])
+            with torch.inference_mode():
+                logprobs = loaded(ids)[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+                states = loaded.hidden_states(ids)[0].float()
+            scores = [one.logprob for one in engine.score([ids[0].tolist()])[0][1:] if one is not None]
+            assert scores == pytest.approx(logprobs, abs=1e-4)
+            torch.testing.assert_close(engine.embed([ids[0].tolist()])[0], states.mean(0), atol=1e-4, rtol=1e-4)
+    with pytest.raises(DanluError, match="no such model"):
+        Engine(model_folder / "nothing")
+    with pytest.raises(DanluError, match="tokenizer"):
+        Engine(model, EngineConfig(draft_model=model_folder))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -162,9 +228,9 @@ def test_the_context_is_a_limit_and_not_an_error(model: CausalLM) -> None:
 )
 def test_prompts_that_cannot_be_run_are_refused(model: CausalLM, prompts: list[list[int]], message: str) -> None:
     with pytest.raises(DanluError, match=message):
-        Decoder(model, prompts, [GREEDY] * len(prompts))
-    with pytest.raises(DanluError):
         generate_text(model, TOKENIZER, prompts, GREEDY)
+    with pytest.raises(DanluError):
+        list(generate_tokens(model, prompts[-1], GREEDY))
 
 
 def test_progress_counts_every_prompt(model: CausalLM) -> None:

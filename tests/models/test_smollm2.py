@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from danlu.engine.generate import Decoder
+from danlu.engine.generate import generate_text
 from danlu.engine.sampling import SamplingParams
 from danlu.models.causal_lm import CausalLM
 from danlu.models.convert import convert
@@ -54,15 +54,11 @@ def continuations(model: CausalLM, folder: Path, reference: dict[str, Any]) -> l
 def greedy(model: CausalLM, folder: Path, reference: dict[str, Any], which: str) -> list[list[int]]:
     """Ours of all prompts of a list, decoded together; each ends with its stop token."""
     prompts = [row["ids"] for row in reference[which]]
-    params = SamplingParams(max_new_tokens=reference["tokens"], temperature=0.0)
-    decoder = Decoder(model, prompts, [params] * len(prompts))
-    stop_ids = Tokenizer.load(folder).stop_ids
-    found: list[list[int]] = [[] for _ in prompts]
-    while decoder.rows:
-        for row, token in zip(decoder.rows, decoder.step(), strict=True):
-            found[row].append(token)
-        decoder.keep([i for i, row in enumerate(decoder.rows) if decoder.left[i] and found[row][-1] not in stop_ids])
-    return found
+    params = SamplingParams(max_new_tokens=reference["tokens"], temperature=0.0, ignore_eos=True)
+    tokenizer = Tokenizer.load(folder)
+    found = [completion.token_ids for completion in generate_text(model, tokenizer, prompts, params)]
+    ends = [next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids)) for ids in found]
+    return [ids[: end + 1] for ids, end in zip(found, ends, strict=True)]
 
 
 def test_prompts_are_tokenized_as_recorded(folder: Path, reference: dict[str, Any]) -> None:

@@ -44,6 +44,17 @@ def kv_groups(config: ModelConfig) -> list[KVGroup]:
     return [KVGroup(tuple(i for i, w in enumerate(windows) if w == window), window) for window in order]
 
 
+@dataclass(frozen=True, eq=False)
+class Source:
+    """The token ids that the encoder of an encoder-decoder reads for a sequence, int32.
+
+    Sequences that answer the same request carry the same object: it is read once, and what a runner makes of it is
+    kept as long as the object is.
+    """
+
+    ids_s: Ints
+
+
 @dataclass(frozen=True)
 class Batch:
     """The new tokens of several sequences, all int32.
@@ -57,6 +68,7 @@ class Batch:
             :data:`FREED`.
         logits_at: places in ``ids_t`` whose logits are wanted.
         rope_lengths_s: tokens each sequence may grow to, for rotary scalings that depend on the length.
+        sources: what the encoder reads for each sequence; of encoder-decoders only.
     """
 
     ids_t: Ints
@@ -66,6 +78,7 @@ class Batch:
     logits_at: Ints
     rope_lengths_s: Ints
     adapters: tuple[str | None, ...] = field(default=())
+    sources: tuple[Source, ...] = field(default=())
 
     @property
     def n_sequences(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from danlu.config import REQUIRED, option
-from danlu.engine.config import DEVICE_HELP, PRECISION_HELP, Precision
+from danlu.engine.engine_config import DEVICE_HELP, PRECISION_HELP, Precision
 
 
 @dataclass(frozen=True, kw_only=True)

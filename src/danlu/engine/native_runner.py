@@ -201,10 +201,8 @@ class NativeRunner:
     # ---- the model as the kernels see it
 
     def _open(self) -> None:
-        assert self.path is not None
         self._model.cache_kind = native.CACHE_KINDS.index(self.kv_dtype)
-        path = list(native.paths()).index(self.path)
-        self._step = self._library.danlu_open(ctypes.byref(self._model), self.threads, path)
+        self._step = self._library.danlu_open(ctypes.byref(self._model), self.threads)
         if not self._step:
             raise DanluError("the native kernels could not start their threads; give fewer threads")
 

@@ -1,198 +1,249 @@
-"""How the next token is chosen: pure functions on logits, in the order in which they are applied.
+"""How the next token is chosen: pure functions on the logits of one row, in the order in which they are applied.
 
-    penalties -> temperature -> top-k -> top-p -> min-p -> draw
+    penalties -> temperature -> top-k -> top-p -> min-p -> typical-p -> draw
 
-This is the order of transformers' `generate`, and each step gives what the transformers processor of that name gives.
-A parameter is one number for all rows or a tensor (batch,) with one for each, so that requests with different wishes
-share a batch. Whatever the filters are told, the most likely token survives them.
+This is the order of transformers' `generate`, and each step keeps what the transformers processor of that name keeps.
+It is done on the CPU, a row at a time, so that a row's token does not depend on its neighbours in the batch. A
+vocabulary is never sorted: the filters look at the likeliest few hundred tokens (:class:`Candidates`), weighed by the
+exact sum over all, and only where those are not enough (:class:`Beyond`) at the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
 
-__all__ = ["Sampler", "SamplingParams", "apply_penalties", "min_p", "sample", "sanitize", "temper", "top_k", "top_p"]
+__all__ = [
+    "GREEDY_BELOW", "Beyond", "Candidates", "Ids", "Row", "SamplingParams", "draw", "everything", "log_total", "min_p",
+    "penalise_counts", "penalise_repetition", "sample", "sanitize", "shortlist", "top_k", "top_p", "truncate",
+    "typical_p",
+]  # fmt: skip
+
+Row = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them would overflow."""
 
-_LARGEST = 1e30  # no logit is this large; penalties and the lowest temperature keep it finite in fp32
+LARGEST = 1e30
+"""No logit is this large; penalties and the lowest temperature keep it finite in fp32."""
+
+SHORTLIST = 256
 
 
-def _column(value: float | Tensor, like_bv: Tensor) -> Tensor:
-    """One number, or one for each row, as something that broadcasts over (batch, vocab)."""
-    return torch.as_tensor(value, device=like_bv.device).reshape(-1, 1)
-
-
-def sanitize(logits_bv: Tensor) -> Tensor:
-    """Logits as fp32 with NaN as -inf (never drawn) and +inf as a very large number.
+def sanitize(logits: Tensor) -> Tensor:
+    """Logits, (..., vocab), as fp32 with NaN as -inf (never drawn) and +inf as a very large number.
 
     Raises:
         DanluError: a row has no number at all: the model is damaged.
     """
-    logits_bv = logits_bv.float().nan_to_num(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
-    logits_bv = torch.where(logits_bv == -torch.inf, logits_bv, logits_bv.clamp(-_LARGEST, _LARGEST))
-    if bool((logits_bv == -torch.inf).all(dim=-1).any()):
+    logits = logits.float().nan_to_num(nan=-torch.inf, posinf=LARGEST, neginf=-torch.inf)
+    logits = torch.where(logits == -torch.inf, logits, logits.clamp(-LARGEST, LARGEST))
+    if bool((logits == -torch.inf).all(dim=-1).any()):
         raise DanluError(
             "the model's output is not a number (NaN); its weights are damaged or its training diverged; take another"
         )
-    return logits_bv
+    return logits
 
 
-def apply_penalties(
-    logits_bv: Tensor,
-    prompt_bv: Tensor,
-    counts_bv: Tensor,
-    *,
-    repetition_penalty: float | Tensor = 1.0,
-    frequency_penalty: float | Tensor = 0.0,
-    presence_penalty: float | Tensor = 0.0,
-) -> Tensor:
-    """Make tokens that were used less likely.
+def penalise_repetition(row: Row, ids: Ids, penalty: float) -> None:
+    """Divide positive logits of ``ids`` by the penalty and multiply negative ones, in place (CTRL, Keskar et al. 2019,
+    arXiv:1909.05858)."""
+    logits = row[ids]
+    row[ids] = np.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def penalise_counts(
+    row: Row, ids: Ids, counts: Ids, *, frequency: float = 0.0, presence: float = 0.0, count: float = 0.0
+) -> None:
+    """Make tokens that were used less likely, in place.
 
     Args:
-        prompt_bv: (batch, vocab) bool, True for the tokens of the prompt.
-        counts_bv: (batch, vocab) int, how often the answer has used each token so far.
-        repetition_penalty: CTRL (Keskar et al. 2019, arXiv:1909.05858): for tokens of prompt and answer, positive
-            logits are divided by it and negative ones multiplied.
-        frequency_penalty: OpenAI: ``logit -= frequency_penalty * count``; the answer alone counts.
-        presence_penalty: OpenAI: ``logit -= presence_penalty * (count > 0)``.
+        ids: the tokens that the answer has used, each once.
+        counts: how often, at least once.
+        frequency: OpenAI: ``logit -= frequency * counts``.
+        presence: OpenAI: ``logit -= presence``.
+        count: ``P = P0 / (1 + count * counts)`` before the probabilities are scaled to sum to 1 again; in logits:
+            ``logit -= log(1 + count * counts)``.
     """
-    used_bv = counts_bv > 0
-    repetition = _column(repetition_penalty, logits_bv)
-    penalised = torch.where(logits_bv > 0, logits_bv / repetition, logits_bv * repetition)
-    logits_bv = torch.where(prompt_bv | used_bv, penalised, logits_bv)
-    return (
-        logits_bv - _column(frequency_penalty, logits_bv) * counts_bv - _column(presence_penalty, logits_bv) * used_bv
-    )
+    row[ids] -= (frequency * counts + presence + np.log1p(count * counts)).astype(np.float32)
 
 
-def temper(logits_bv: Tensor, temperature: float | Tensor) -> Tensor:
-    """Divide by the temperature; greedy rows (below ``GREEDY_BELOW``) are left as they are."""
-    column = _column(temperature, logits_bv)
-    return logits_bv / torch.where(column < GREEDY_BELOW, 1.0, column)
+class Beyond(Exception):
+    """A filter cannot tell by the candidates alone; it needs all tokens."""
 
 
-def top_k(logits_bv: Tensor, k: int | Tensor) -> Tensor:
-    """Keep the ``k`` largest logits (and those equal to the k-th), set the others to -inf (Fan et al. 2018,
-    arXiv:1805.04833); 0 keeps all."""
-    vocab = logits_bv.shape[-1]
-    k_b1 = _column(k, logits_bv).long()
-    k_b1 = torch.where(k_b1 == 0, vocab, k_b1).clamp(max=vocab)
-    largest = int(torch.where(k_b1 == vocab, 1, k_b1).max())
-    values = logits_bv.topk(largest, dim=-1).values
-    threshold_b1 = values.gather(-1, k_b1.clamp(max=largest).expand(len(values), 1) - 1)
-    return logits_bv.masked_fill((logits_bv < threshold_b1) & (k_b1 < vocab), -torch.inf)
+@dataclass(frozen=True)
+class Candidates:
+    """Tokens of a row, the likeliest first.
+
+    Attributes:
+        ids: (candidates,) token ids.
+        logits: (candidates,) descending, none -inf.
+        row: (vocab,) all logits, as long as other tokens may be drawn too; None: the candidates are all there is.
+    """
+
+    ids: Ids
+    logits: Row
+    row: Row | None = None
+
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """(candidates,) among all tokens that may be drawn."""
+        total = log_total(self.logits if self.row is None else self.row)
+        probabilities: npt.NDArray[np.float64] = np.exp(self.logits - total, dtype=np.float64)
+        return probabilities
+
+    def first(self, n: int) -> Candidates:
+        """The first ``n``, and nothing else."""
+        return Candidates(self.ids[:n], self.logits[:n])
 
 
-def top_p(logits_bv: Tensor, p: float | Tensor) -> Tensor:
+def everything(row: Row) -> Candidates:
+    """All tokens that are not -inf, sorted."""
+    ids = np.flatnonzero(row > -np.inf)
+    order = np.argsort(-row[ids])
+    return Candidates(ids[order], row[ids[order]])
+
+
+def shortlist(row: Row, count: int = SHORTLIST) -> Candidates:
+    """At least the ``count`` likeliest tokens, with all that are as likely as the last of them."""
+    columns = 3 * count
+    height = len(row) // columns
+    if height < 2:
+        return everything(row)
+    # The row in columns: that many maxima lie at or above the count-th largest of them, so the tokens sought do too.
+    maxima = row[: height * columns].reshape(height, columns).max(axis=0)
+    least = np.partition(maxima, columns - count)[columns - count]
+    if least == -np.inf:
+        return everything(row)
+    ids = np.flatnonzero(row >= least)
+    order = np.argsort(-row[ids])
+    return Candidates(ids[order], row[ids[order]], row)
+
+
+def _widening(row: Row) -> Iterator[Candidates]:
+    """Ever more tokens, to the last."""
+    yield shortlist(row)
+    yield shortlist(row, 16 * SHORTLIST)
+    yield everything(row)
+
+
+def log_total(logits: Row) -> float:
+    """Log of the sum of exp; the greatest logit is finite."""
+    # Summed in fp64: softmax and logsumexp of torch are off by up to 4e-6 for 20,000 tokens, this by 1e-8.
+    greatest = logits.max()
+    return float(greatest) + float(np.log(np.exp(logits - greatest).sum(dtype=np.float64)))
+
+
+def top_k(candidates: Candidates, k: int) -> Candidates:
+    """Keep the ``k`` largest logits and those equal to the k-th (Fan et al. 2018, arXiv:1805.04833)."""
+    if k >= len(candidates.ids):
+        return _all_of(candidates)
+    return candidates.first(int(np.sum(candidates.logits >= candidates.logits[k - 1])))
+
+
+def top_p(candidates: Candidates, p: float) -> Candidates:
     """Nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): keep the fewest most likely tokens whose probabilities
-    sum to at least ``p``, and at least one; 1 keeps all."""
-    p_b1 = _column(p, logits_bv)
-    ascending, order = logits_bv.sort(dim=-1)
-    drop = (ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - p_b1) & (p_b1 < 1)
-    drop[:, -1] = False
-    return logits_bv.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    sum to at least ``p``, and at least one."""
+    mass = candidates.probabilities().cumsum()
+    if mass[-1] < p:
+        return _all_of(candidates)
+    return candidates.first(int(np.searchsorted(mass, p)) + 1)
 
 
-def min_p(logits_bv: Tensor, p: float | Tensor) -> Tensor:
-    """Drop tokens less likely than ``p`` times the likeliest (Nguyen et al. 2024, arXiv:2407.01082); 0 keeps all."""
-    probs = logits_bv.softmax(dim=-1)
-    return logits_bv.masked_fill(probs < _column(p, logits_bv) * probs.amax(dim=-1, keepdim=True), -torch.inf)
+def min_p(candidates: Candidates, p: float) -> Candidates:
+    """Drop tokens less likely than ``p`` times the likeliest (Nguyen et al. 2024, arXiv:2407.01082)."""
+    kept = int(np.sum(candidates.logits - candidates.logits[0] >= np.float32(np.log(p))))
+    return _all_of(candidates) if kept == len(candidates.ids) else candidates.first(kept)
 
 
-def sample(logits_bv: Tensor, temperature: float | Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw one token id a row, (batch,); the most likely one where the temperature is 0.
+def typical_p(candidates: Candidates, p: float) -> Candidates:
+    """Locally typical sampling (Meister et al. 2022, arXiv:2202.00666): keep the tokens whose surprise, -log P, is
+    nearest to its mean, the entropy, the fewest whose probabilities sum to at least ``p``. The likeliest token may be
+    dropped."""
+    logits = candidates.logits if candidates.row is None else candidates.row
+    logprobs = logits - np.float32(log_total(logits))
+    probs = np.exp(logprobs, dtype=np.float64)
+    with np.errstate(invalid="ignore"):
+        entropy = -np.nansum(probs * logprobs)  # 0 log 0 is 0
+    closeness = (-np.abs(logprobs + entropy)).astype(np.float32)
+    nearest = next(c for c in _widening(closeness) if c.row is None or probs[c.ids].sum() >= p)
+    last = int(np.searchsorted(probs[nearest.ids].cumsum(), p))
+    places = nearest.ids[nearest.logits >= nearest.logits[min(last, len(nearest.ids) - 1)]]
+    places = places[np.argsort(-logits[places])]
+    return Candidates(places if candidates.row is not None else candidates.ids[places], logits[places])
 
-    An exponential race: ``argmax(log p_i - log E_i)`` with ``E_i ~ Exp(1)`` is distributed as ``p`` (the Gumbel-max
-    trick) and needs no normalisation. Each row's noise comes from its own generator, so that its draw does not depend
-    on its neighbours.
-    """
-    greedy_b = _column(temperature, logits_bv).expand(len(logits_bv), 1)[:, 0] < GREEDY_BELOW
-    race_bv = logits_bv.clone()
-    for row, (greedy, generator) in enumerate(zip(greedy_b.tolist(), generators, strict=True)):
-        if not greedy:
-            noise = torch.empty(logits_bv.shape[-1], device=generator.device).exponential_(generator=generator)
-            race_bv[row] -= noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().to(logits_bv.device)
-    return race_bv.argmax(dim=-1)
+
+def _all_of(candidates: Candidates) -> Candidates:
+    if candidates.row is not None:
+        raise Beyond
+    return candidates
 
 
-class Sampler:
-    """The sampling parameters of a batch, with the token counts and random generators they need.
+def truncate(row: Row, params: SamplingParams) -> Candidates:
+    """What the filters of ``params`` keep of a row of tempered logits.
 
     Args:
-        params: one for each row.
-        prompts: the prompt's token ids of each row.
-        vocab_size: width of the logits.
+        row: (vocab,) NaN nowhere, the greatest finite.
     """
-
-    def __init__(
-        self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
-    ) -> None:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device)
-
-        self.temperature = column([p.temperature for p in params])
-        self.top_k = column([p.top_k for p in params])
-        self.top_p = column([p.top_p for p in params])
-        self.min_p = column([p.min_p for p in params])
-        self.repetition_penalty = column([p.repetition_penalty for p in params])
-        self.frequency_penalty = column([p.frequency_penalty for p in params])
-        self.presence_penalty = column([p.presence_penalty for p in params])
-        self.generators = [_generator(p.seed) for p in params]
-        # (batch, vocab) counters are kept only where some penalty reads them
-        self.penalised = any(p.repetition_penalty != 1 or p.frequency_penalty or p.presence_penalty for p in params)
-        shape = (len(params), vocab_size) if self.penalised else (len(params), 0)
-        self.prompt_bv = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.counts_bv = torch.zeros(shape, dtype=torch.int32, device=device)
-        if self.penalised:
-            for row, prompt in enumerate(prompts):
-                self.prompt_bv[row, torch.tensor(prompt, device=device)] = True
-
-    def __call__(self, logits_bv: Tensor) -> Tensor:
-        """The next token of each row, (batch,)."""
-        logits_bv = sanitize(logits_bv)
-        if self.penalised:
-            logits_bv = apply_penalties(
-                logits_bv,
-                self.prompt_bv,
-                self.counts_bv,
-                repetition_penalty=self.repetition_penalty,
-                frequency_penalty=self.frequency_penalty,
-                presence_penalty=self.presence_penalty,
-            )
-        logits_bv = temper(logits_bv, self.temperature)
-        if bool(self.top_k.any()):
-            logits_bv = top_k(logits_bv, self.top_k)
-        if bool((self.top_p < 1).any()):
-            logits_bv = top_p(logits_bv, self.top_p)
-        if bool(self.min_p.any()):
-            logits_bv = min_p(logits_bv, self.min_p)
-        ids_b = sample(logits_bv, self.temperature, self.generators)
-        if self.penalised:
-            self.counts_bv[torch.arange(len(ids_b), device=ids_b.device), ids_b] += 1
-        return ids_b
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.temperature.device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value[index])
-        self.generators = [self.generators[row] for row in rows]
+    for candidates in _widening(row):
+        try:
+            return _filtered(candidates, params)
+        except Beyond:
+            pass
+    raise AssertionError("all tokens are never too few")
 
 
-def _generator(seed: int | None) -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same draw on every device."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    return generator
+def _filtered(candidates: Candidates, params: SamplingParams) -> Candidates:
+    if params.top_k > 0:
+        candidates = top_k(candidates, params.top_k)
+    if params.top_p < 1:
+        candidates = top_p(candidates, params.top_p)
+    if params.min_p > 0:
+        candidates = min_p(candidates, params.min_p)
+    if params.typical_p < 1:
+        candidates = typical_p(candidates, params.typical_p)
+    return candidates
+
+
+def draw(candidates: Candidates, generator: torch.Generator) -> int:
+    """Draw one token id.
+
+    It takes one uniform number, whatever the filters have kept: the place in the cumulative distribution, where the
+    candidates come first and the other tokens, if there are any, behind them.
+    """
+    place = float(torch.rand((), dtype=torch.float64, generator=generator))
+    mass = candidates.probabilities().cumsum()
+    if candidates.row is None:
+        return int(candidates.ids[_at(mass, place * mass[-1])])
+    if place < mass[-1]:
+        return int(candidates.ids[_at(mass, place)])
+    others = np.exp(candidates.row - log_total(candidates.row), dtype=np.float64)
+    others[candidates.ids] = 0
+    cumulative = others.cumsum()
+    if cumulative[-1] == 0:  # so unlikely that their probabilities are zero
+        return int(candidates.ids[-1])
+    return _at(cumulative, place - mass[-1])
+
+
+def _at(cumulative: npt.NDArray[np.float64], place: float) -> int:
+    """The first that reaches beyond the place; where rounding left the place behind all: the last that is possible."""
+    return int(min(np.searchsorted(cumulative, place, side="right"), np.searchsorted(cumulative, cumulative[-1])))
+
+
+def sample(logits_bv: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw one token id a row, (batch,); the most likely one where the temperature is 0. One uniform number a row."""
+    if temperature < GREEDY_BELOW:
+        return logits_bv.argmax(dim=-1)
+    rows: list[Any] = list((logits_bv / temperature).float().cpu().numpy())
+    ids = [draw(shortlist(row), generator) for row, generator in zip(rows, generators, strict=True)]
+    return torch.tensor(ids, device=logits_bv.device)

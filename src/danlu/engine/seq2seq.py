@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from danlu.config import validate
+from danlu.engine.beam import Beams, BeamSearch
 from danlu.engine.generate import Completion, Prompt
-from danlu.engine.sampling import GREEDY_BELOW, Sampler, SamplingParams, sanitize
+from danlu.engine.logit_rules import Sampler
+from danlu.engine.sampling import GREEDY_BELOW, SamplingParams, sanitize
 from danlu.errors import DanluError
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.nn.kv_cache import KVCache
@@ -42,29 +44,7 @@ REFUSED = {
     "watermarking_config": None,
 }
 
-DEAD = -1e9
-"""Score of a beam that is not running: under any sum of log probabilities, and finite."""
-
-
-@dataclass(frozen=True)
-class Beams:
-    """How beam search is done.
-
-    Attributes:
-        number: answers that run beside each other; 1: no search, greedy or sampled.
-        length_penalty: finished answers are compared by the sum of their log probabilities, divided by their number of
-            tokens to this power. Above 0 favours long answers.
-        early_stopping: end with as many finished answers as there are beams, instead of when no running one could win
-            if it ended at once.
-    """
-
-    number: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool = False
-
-    def __post_init__(self) -> None:
-        if self.number < 1:
-            raise DanluError(f"beams: {self.number} are too few; 1 is greedy or sampled, 4 are usual")
+ONE_BEAM = Beams()
 
 
 @dataclass(frozen=True)
@@ -155,20 +135,17 @@ class Decoder:
 
     Args:
         sources: token ids of each source, none empty.
-        copies: rows for each source, one after the other.
         max_tokens: steps that will be made at most.
     """
 
-    def __init__(self, model: EncoderDecoder, sources: Sequence[Sequence[int]], copies: int, max_tokens: int) -> None:
+    def __init__(self, model: EncoderDecoder, sources: Sequence[Sequence[int]], max_tokens: int) -> None:
         longest = max(map(len, sources))
         ids_bs = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sources], device=model.device)
         lengths_b = torch.tensor([len(ids) for ids in sources], device=model.device)
         real_bs = torch.arange(longest, device=model.device) < lengths_b[:, None]
-        memory = model.encode(ids_bs, None if bool(real_bs.all()) else real_bs)
-        rows = torch.arange(len(sources), device=model.device).repeat_interleave(copies)
         self.model = model
-        self._memory = memory.select(rows)
-        self._cache = KVCache(model.config.decoder, len(rows), max_tokens, device=model.device, dtype=model.dtype)
+        self._memory = model.encode(ids_bs, None if bool(real_bs.all()) else real_bs)
+        self._cache = KVCache(model.config.decoder, len(sources), max_tokens, device=model.device, dtype=model.dtype)
 
     def step(self, ids: Sequence[int]) -> Tensor:
         """Logits, (rows, vocab), of what follows the newest token of each row."""
@@ -188,7 +165,7 @@ def generate_seq2seq(
     texts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
     *,
-    beams: Beams = Beams(),
+    beams: Beams = ONE_BEAM,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
@@ -263,9 +240,9 @@ def _sample(
 ) -> Iterator[tuple[int, Completion]]:
     """(row, completion) in the order in which rows finish."""
     limits = _limits(model, params)
-    decoder = Decoder(model, sources, 1, max(limits))
+    decoder = Decoder(model, sources, max(limits))
     start = [demands.start_id]
-    sampler = Sampler(params, [start] * len(sources), model.config.decoder.vocab_size, model.device)
+    sampler = Sampler(params, [start] * len(sources), model.config.decoder.vocab_size)
     answers: list[list[int]] = [[] for _ in sources]
     rows, ids = list(range(len(sources))), start * len(sources)
     while rows:
@@ -300,83 +277,31 @@ def _beam_search(
 ) -> Iterator[tuple[int, Completion]]:
     """(row, completion) in the order in which texts finish."""
     limits = _limits(model, params)
-    decoder = Decoder(model, sources, beams.number, max(limits))
-    searches = [Search(beams, limit) for limit in limits]
-    texts = list(range(len(sources)))  # those still searched for; each has as many rows as beams
-    ids = [demands.start_id] * len(sources) * beams.number
+    decoder = Decoder(model, sources, max(limits))
+    searches = [BeamSearch(beams, limit, demands.stop_ids) for limit in limits]
+    texts = list(range(len(sources)))  # those still searched for; each has as many rows as answers that run
+    ids = [demands.start_id] * len(sources)
     while texts:
         active = [searches[text] for text in texts]
         logprobs_rv = sanitize(decoder.step(ids)).log_softmax(dim=-1)
-        answers = [answer for search in active for answer in search.running]
-        left = [search.limit - len(answer) for search in active for answer in search.running]
+        answers = [answer.token_ids for search in active for answer in search.running]
+        left = [search.limit - len(answer.token_ids) for search in active for answer in search.running]
         demands.apply(logprobs_rv, answers, left)
-        scores_r = torch.tensor([score for search in active for score in search.scores], device=model.device)
-        totals_tc = (logprobs_rv + scores_r[:, None]).view(len(texts), -1)
-        # Enough that as many as there are beams go on: each beam can end in as many ways as there are stop tokens.
-        ranked = totals_tc.topk(min((1 + len(demands.stop_ids)) * beams.number, totals_tc.shape[1]), dim=-1)
-        rows: list[int] = []
-        staying = []
-        for place, (text, search) in enumerate(zip(texts, active, strict=True)):
-            totals, candidates = ranked.values[place].tolist(), ranked.indices[place].tolist()
-            parents = search.advance(totals, candidates, logprobs_rv.shape[1], demands.stop_ids)
-            if search.over():
-                answer = search.finished[0][1] if search.finished else []
+        rows, ids, staying = [], [], []
+        first = 0
+        for text, search in zip(texts, active, strict=True):
+            end = first + len(search.running)
+            moves = search.advance(logprobs_rv[first:end])
+            if search.done:
+                answer = search.finished[0].token_ids if search.finished else []
                 yield text, _completion(tokenizer, demands, answer, len(answer) == limits[text], params[text])
             else:
                 staying.append(text)
-                rows += [place * beams.number + parent for parent in parents]
+                rows += [first + parent for parent, _ in moves]
+                ids += [token_id for _, token_id in moves]
+            first = end
         texts = staying
-        ids = [answer[-1] for text in texts for answer in searches[text].running]
         decoder.select(rows)
-
-
-class Search:
-    """Beam search for one text.
-
-    Attributes:
-        limit: tokens that an answer may have.
-        running: answers that go on, best first, with their ``scores``, sums of log probabilities.
-        finished: the best answers that ended, best first, each after its score.
-    """
-
-    def __init__(self, beams: Beams, limit: int) -> None:
-        self.beams, self.limit = beams, limit
-        self.running: list[list[int]] = [[] for _ in range(beams.number)]
-        # All are alike at first: only one is alive, or all would go on with the same tokens.
-        self.scores = [0.0, *[DEAD] * (beams.number - 1)]
-        self.finished: list[tuple[float, list[int]]] = []
-
-    def advance(
-        self, totals: list[float], candidates: list[int], vocab_size: int, stop_ids: frozenset[int]
-    ) -> list[int]:
-        """Take one more token; returns which of the running answers each new one continues.
-
-        Args:
-            totals: scores of the best continuations, best first.
-            candidates: which they are: beam x ``vocab_size`` + token.
-        """
-        length = len(self.running[0]) + 1
-        going_on = []
-        for rank, (total, candidate) in enumerate(zip(totals, candidates, strict=True)):
-            beam, token_id = divmod(candidate, vocab_size)
-            if token_id not in stop_ids and length < self.limit:
-                going_on.append((total, beam, token_id))
-            elif rank < self.beams.number and (score := total / length**self.beams.length_penalty) > DEAD:
-                self.finished.append((score, [*self.running[beam], token_id]))
-        going_on = going_on[: self.beams.number]
-        self.finished = sorted(self.finished, key=lambda found: -found[0])[: self.beams.number]
-        self.running = [[*self.running[beam], token_id] for _, beam, token_id in going_on]
-        self.scores = [total for total, _, _ in going_on]
-        return [beam for _, beam, _ in going_on]
-
-    def over(self) -> bool:
-        """Whether the best answer has been found, as far as the beams can see."""
-        if not self.running:
-            return True
-        if len(self.finished) < self.beams.number:
-            return False
-        best = self.scores[0] / len(self.running[0]) ** self.beams.length_penalty
-        return self.beams.early_stopping or best <= self.finished[-1][0]
 
 
 def _completion(

@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
 from danlu import console
 from danlu.config import validate
-from danlu.engine.config import ChatConfig, GenerateConfig
-from danlu.engine.generate import Completion, generate_text, stream_text
-from danlu.engine.sampling import SamplingParams
+from danlu.engine.beam import Beams
+from danlu.engine.config import SamplingParams
+from danlu.engine.engine import Engine
+from danlu.engine.request import Completion, Generation
 from danlu.engine.seq2seq import generate_seq2seq
+from danlu.engine.verbs_config import ChatConfig, GenerateConfig
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
 from danlu.hardware import DTYPES, pick_device, pick_precision
-from danlu.models.causal_lm import CausalLM
+from danlu.hub.pull import model_path
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.load import Model, load_model, tasks_of
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -59,32 +61,54 @@ def generate(config: GenerateConfig) -> list[str]:
     config = validate(config)
     prompts = _read_prompts(config)
     params = [_with_own_seed(config, i) for i in range(len(prompts))]
-    where = (config.model, config.device, config.precision)
-    streamed = not config.json and config.prompts_file is None
-    complete: Callable[..., list[Completion]]
-    _require_model(config.model)
-    if "seq2seq" in tasks_of(config.model):
-        encoder_decoder, tokenizer = open_model(*where, EncoderDecoder)
-        complete = partial(generate_seq2seq, encoder_decoder)
-        if streamed:
-            [completion] = complete(tokenizer, prompts, params)
-            _show(completion.text + "\n")
-            return [completion.text]
+    path = model_path(config.model)
+    _require_model(path)
+    streamed = not config.json and config.prompts_file is None and config.n == 1
+    if "seq2seq" in tasks_of(path):
+        answers = _rewrite(path, config, prompts, params, streamed)
     else:
-        model, tokenizer = open_model(*where, CausalLM)
-        complete = partial(generate_text, model)
-        if streamed:
-            pieces = []
-            for piece in stream_text(model, tokenizer, prompts[0], config):
-                pieces.append(piece)
-                _show(piece)
-            _show("\n")
-            return ["".join(pieces)]
-    with console.progress("generating", len(prompts), "prompts") as advance:
-        completions = complete(tokenizer, prompts, params, batch_size=config.batch_size, progress=advance)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        print(json.dumps({"prompt": prompt, **dataclasses.asdict(completion)}, ensure_ascii=False), flush=True)
-    return [completion.text for completion in completions]
+        with Engine(path, config) as engine:
+            if streamed:
+                pieces = []
+                for event in engine.stream(prompts[0], config):
+                    pieces.append(event.text)
+                    _show(event.text)
+                    _raise_if_failed(event.generation)
+                _show("\n")
+                return ["".join(pieces)]
+            with console.progress("generating", len(prompts), "prompts") as advance:
+                generations = engine.generate(prompts, params, progress=advance)
+            for generation in generations:
+                _raise_if_failed(generation)
+            answers = [generation.completions for generation in generations]
+    if not streamed:
+        for prompt, completions in zip(prompts, answers, strict=True):
+            for completion in completions:
+                row = {"prompt": prompt, **dataclasses.asdict(completion)}
+                if row["logprobs"] is None:
+                    del row["logprobs"]
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+    return [completion.text for completions in answers for completion in completions]
+
+
+def _raise_if_failed(generation: Generation | None) -> None:
+    if generation is not None and generation.error is not None:
+        raise DanluError(generation.error)
+
+
+def _rewrite(
+    path: Path, config: GenerateConfig, prompts: list[str], params: Sequence[SamplingParams], streamed: bool
+) -> list[list[Completion]]:
+    """The answers of an encoder-decoder."""
+    model, tokenizer = open_model(path, config.device, config.precision, EncoderDecoder)
+    beams = Beams(config.beams, config.length_penalty, config.early_stopping)
+    with console.progress("generating", len(prompts), "prompts") if not streamed else nullcontext() as advance:
+        found = generate_seq2seq(
+            model, tokenizer, prompts, params, beams=beams, batch_size=config.max_running, progress=advance
+        )
+    if streamed:
+        _show(found[0].text + "\n")
+    return [[completion] for completion in found]
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:
@@ -131,12 +155,20 @@ def chat(config: ChatConfig) -> list[Message]:
         DanluError: the folder is not a model, or has no chat template.
     """
     config = validate(config)
-    model, tokenizer = open_model(config.model, config.device, config.precision, CausalLM)
+    path = model_path(config.model)
+    _require_model(path)
+    with Engine(path, config) as engine:
+        return _converse(engine, path, config)
+
+
+def _converse(engine: Engine, path: Path, config: ChatConfig) -> list[Message]:
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
     system, messages = config.system, _opening(config.system)
     tokenizer.encode_chat([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)  # has a template?
-    card = card_if_any(config.model)
+    card = card_if_any(path)
     if card is not None and card.verb == "pretrain":
-        console.warn(f"{config.model} has never seen a conversation; make it a chat model with: danlu finetune")
+        console.warn(f"{path} has never seen a conversation; make it a chat model with: danlu finetune")
     console.note(f"Say something. Ctrl-C stops an answer; {COMMANDS}.")
     answers = 0
     for line in _lines():
@@ -154,8 +186,8 @@ def chat(config: ChatConfig) -> list[Message]:
         else:
             try:
                 asked = [*messages, {"role": "user", "content": line}]
-                room = min(config.max_new_tokens, model.config.context // 4)
-                asked, prompt, dropped = fit_context(tokenizer, asked, model.config.context - room)
+                room = min(config.max_new_tokens, engine.max_len // 4)
+                asked, prompt, dropped = fit_context(tokenizer, asked, engine.max_len - room)
             except DanluError as error:
                 console.warn(str(error))
                 continue
@@ -163,7 +195,7 @@ def chat(config: ChatConfig) -> list[Message]:
                 console.note(
                     f"The conversation outgrew the model's context; its {dropped} oldest messages are forgotten."
                 )
-            if answer := _answer(model, tokenizer, prompt, _with_own_seed(config, answers)):
+            if answer := _answer(engine, prompt, _with_own_seed(config, answers)):
                 messages = [*asked, {"role": "assistant", "content": answer}]
             answers += 1
     return messages
@@ -189,15 +221,19 @@ def fit_context(tokenizer: Tokenizer, messages: list[Message], max_tokens: int) 
     raise DanluError(f"the message takes {len(ids)} tokens and {max_tokens} fit the model's context; shorten it")
 
 
-def _answer(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> str:
+def _answer(engine: Engine, prompt: list[int], params: SamplingParams) -> str:
     """Stream one answer; Ctrl-C ends it where it is."""
     pieces: list[str] = []
+    events = engine.stream(prompt, params)
     try:
-        for piece in stream_text(model, tokenizer, prompt, params):
-            pieces.append(piece)
-            _show(piece)
+        for event in events:
+            pieces.append(event.text)
+            _show(event.text)
+            _raise_if_failed(event.generation)
     except KeyboardInterrupt:
         console.note("\n(stopped)")
+    finally:
+        events.close()
     _show("\n")
     return "".join(pieces)
 

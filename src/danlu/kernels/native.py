@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from danlu.errors import DanluError
-from danlu.kernels.build import LIBRARY
+from danlu.kernels.build import SETS
 
 VARIABLE = "DANLU_KERNELS"
-"""Environment variable: "off" runs on torch, the name of a path (avx2, ...) forces it."""
+"""Environment variable: "off" runs on torch; the name of a path (avx2, ...) forces it, and so does a file, a library
+that was built in another way."""
 
 TILE = 16
 BLOCK = 32
@@ -75,30 +76,38 @@ class Batch(Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library; None where the package was built without it."""
-    path = Path(__file__).with_name(LIBRARY)
-    if not path.exists():
-        return None
+def _load(path: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(path))
-    except OSError as error:
+        found.danlu_works.argtypes = []
+        found.danlu_open.restype = c_void_p
+        found.danlu_open.argtypes = [POINTER(Model), c_int]
+        found.danlu_run.argtypes = [c_void_p, POINTER(Batch)]
+        found.danlu_close.argtypes = [c_void_p]
+        found.danlu_pack.argtypes = [c_int, c_void_p, c_int, c_int, c_void_p]
+    except (OSError, AttributeError) as error:
         raise DanluError(f"{path}: cannot be loaded ({error}); reinstall danlu, or set {VARIABLE}=off") from error
-    found.danlu_path_name.restype = c_char_p
-    found.danlu_open.restype = c_void_p
-    found.danlu_open.argtypes = [POINTER(Model), c_int, c_int]
-    found.danlu_run.argtypes = [c_void_p, POINTER(Batch)]
-    found.danlu_close.argtypes = [c_void_p]
-    found.danlu_pack.argtypes = [c_int, c_void_p, c_int, c_int, c_void_p]
     return found
 
 
 def paths() -> dict[str, bool]:
-    """The instruction sets the library was built for, the best first, and whether this machine has them."""
-    native = library()
-    if native is None:
-        return {}
-    return {native.danlu_path_name(i).decode(): bool(native.danlu_path_works(i)) for i in range(native.danlu_paths())}
+    """The instruction sets that there is a library for, the best first, and whether this machine has them."""
+    files = {known.name: _file(known.name) for known in SETS}
+    return {name: bool(_load(file).danlu_works()) for name, file in files.items() if file.exists()}
+
+
+def library() -> ctypes.CDLL | None:
+    """The library of the path that runs here; None: torch.
+
+    Raises:
+        DanluError: see :func:`choose`.
+    """
+    path, _ = choose()
+    return None if path is None else _load(_file(path))
+
+
+def _file(path: str) -> Path:
+    return Path(path) if os.sep in path else Path(__file__).with_name(f"_native_{path}.so")
 
 
 def choose() -> tuple[str | None, str]:
@@ -112,7 +121,7 @@ def choose() -> tuple[str | None, str]:
         return None, f"{VARIABLE}=off"
     known = paths()
     if wanted != "auto":
-        if not known.get(wanted):
+        if not (_load(Path(wanted)).danlu_works() if os.sep in wanted else known.get(wanted)):
             works = ", ".join(name for name, ok in known.items() if ok) or "none"
             raise DanluError(f"{VARIABLE}={wanted}: is no path that works here; these do: {works}; or off")
         return wanted, f"{VARIABLE}={wanted}"

@@ -50,7 +50,17 @@ inline size_t tile_bytes(int kind) {
     }
 }
 
-#ifndef __AVX512VNNI__
+// Tiles whose products are computed together, and the outputs in them.
+#ifdef __AMX_BF16__
+constexpr int SPAN = 2;
+#else
+constexpr int SPAN = 1;
+#endif
+constexpr int WIDE = SPAN * TILE;
+
+#ifdef __AVX512VNNI__
+#include "quantized_avx512.h"
+#else
 // A block of eight outputs: w[j] has inputs 4j..4j+3 of each.
 template <int KIND>
 struct Half {

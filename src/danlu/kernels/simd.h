@@ -81,6 +81,17 @@ inline float greatest(Vec a) {
 constexpr int W = sizeof(Vec) / sizeof(float);  // lanes
 constexpr int NV = 16 / W;                      // vectors in a tile's 16 columns
 
+// f(0) .. f(N - 1), each with its constant: an array that only these index lives in registers, where a loop that is
+// unrolled later leaves it in memory.
+#define ALWAYS_INLINE __attribute__((always_inline))
+template <int N, class F>
+ALWAYS_INLINE inline void unroll(const F& f) {
+    if constexpr (N > 0) {
+        unroll<N - 1>(f);
+        f(N - 1);
+    }
+}
+
 // e^x to 2 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, and e^r by its series to the seventh power.
 inline Vec exp(Vec x) {
     x = max(min(x, set1(88.0f)), set1(-87.0f));

@@ -8,6 +8,9 @@
 #include "dense.h"
 #include "pool.h"
 #include "quantized.h"
+#ifdef __AMX_BF16__
+#include "amx.h"
+#endif
 
 constexpr int ROW_BLOCK = 128;       // rows that share a weight tile while it is in the first cache
 constexpr int ATTENTION_ROWS = 48;   // query rows that share a block of keys
@@ -85,6 +88,9 @@ class Step {
         fit(x_, size_t(n) * model_.dim), fit(branch_, size_t(n) * model_.dim), fit(qkv_, size_t(n) * (q_dim_ + 2 * kv_dim_));
         fit(attended_, size_t(n) * q_dim_), fit(ffn_, size_t(n) * model_.ffn_dim);
         fit(input_, size_t(n) * widest);
+#ifdef __AMX_BF16__
+        if (n >= AMX_ROWS) fit(rounded_, size_t(input_blocks(n)) * 2 * TILE * input_blocks(widest));
+#endif
         if (quantized_) fit(codes_, size_t(n) * widest), fit(scales_, size_t(n) * widest / BLOCK), fit(sums_, size_t(n) * widest / BLOCK);
         pieces_.clear();
         const int group = model_.n_heads / model_.n_kv_heads, tokens = std::max(1, ATTENTION_ROWS / group);
@@ -115,6 +121,10 @@ class Step {
 
     void work() {
         const int n = batch_->n_tokens;
+#ifdef __AMX_BF16__
+        std::optional<TileRegisters> registers;
+        if (n >= AMX_ROWS) registers.emplace(), unpacked().forget();
+#endif
         if (model_.n_layers) {
             pool_.share(n, 1, [&](int t) { embed(t), prepare(t, n, x_.data(), model_.layers[0].attention_norm, model_.dim); });
             pool_.barrier();
@@ -163,53 +173,84 @@ class Step {
         float* input = input_.data() + size_t(t) * dim;
         if (norm) rms_norm(row, norm, dim, model_.norm_eps, input);
         else if (dense_) std::copy_n(row, dim, input);
+#ifdef __AMX_BF16__
+        if (n >= AMX_ROWS) return round_row(norm ? input : row, dim, rounded_row(t, dim));
+#endif
         if (quantized_) quantize_row(norm ? input : row, dim, quantized_input(n), t);
     }
 
     Quantized quantized_input(int n) { return {codes_.data(), scales_.data(), sums_.data(), n}; }
 
-    // Outputs 16 * tile .. of rows row0.. : (rows, 16).
-    void product(const Weight& w, int tile, int n, int row0, int rows, float* out) {
+#ifdef __AMX_BF16__
+    // A row's place in the first of its tiles.
+    TileRow* rounded_row(int t, int k) {
+        return rounded_.data() + size_t(t / TILE) * input_blocks(k) * TILE + t % TILE;
+    }
+
+    static UnpackedTiles& unpacked() {
+        static thread_local UnpackedTiles tiles;
+        return tiles;
+    }
+#endif
+
+    // Outputs 16 * tile .. of rows row0.. : (rows, 16), WIDE apart.
+    void tile_product(const Weight& w, int tile, int n, int row0, int rows, float* out) {
         const uint8_t* data = w.data + tile * matrix_tile_bytes(w);
         const float* x = input_.data() + size_t(row0) * w.k;
         switch (w.kind) {
-            case F32: by_16(x, w.k, rows, (const float*)data, TILE, w.k, out, TILE, false); break;
-            case BF16: by_16(x, w.k, rows, (const bf16*)data, TILE, w.k, out, TILE, false); break;
-            case F16: by_16(x, w.k, rows, (const f16*)data, TILE, w.k, out, TILE, false); break;
+            case F32: by_16(x, w.k, rows, (const float*)data, TILE, w.k, out, WIDE, false); break;
+            case BF16: by_16(x, w.k, rows, (const bf16*)data, TILE, w.k, out, WIDE, false); break;
+            case F16: by_16(x, w.k, rows, (const f16*)data, TILE, w.k, out, WIDE, false); break;
             case Q8_0: quantized_tile<Q8_0>(data, w.k, quantized_input(n), row0, rows, out); break;
             case Q4_0: quantized_tile<Q4_0>(data, w.k, quantized_input(n), row0, rows, out); break;
             default: quantized_tile<Q4_1>(data, w.k, quantized_input(n), row0, rows, out);
         }
+    }
+
+    // Outputs WIDE * span .. of rows row0.. : (rows, WIDE). Columns beyond the matrix are 0.
+    void product(const Weight& w, int span, int n, int row0, int rows, float* out) {
+        const int first = span * SPAN, end = std::min(first + SPAN, tiles(w));
+        if (end - first < SPAN) std::fill_n(out, rows * WIDE, 0.0f);
+#ifdef __AMX_BF16__
+        if (n >= AMX_ROWS && w.kind != F32) {
+            const size_t bytes = matrix_tile_bytes(w);
+            const TileRow* unpacked_tiles[SPAN] = {};
+            for (int t = first; t < end; t++) unpacked_tiles[t - first] = unpacked().get(w.kind, w.k, w.data + t * bytes);
+            tile_products(rounded_row(row0, w.k), unpacked_tiles[0], unpacked_tiles[1], w.k, rows, out);
+        } else
+#endif
+            for (int t = first; t < end; t++) tile_product(w, t, n, row0, rows, out + (t - first) * TILE);
         if (w.bias)
             for (int m = 0; m < rows; m++)
-                for (int c = 0; c < std::min(TILE, w.n - tile * TILE); c++) out[m * TILE + c] += w.bias[tile * TILE + c];
+                for (int c = 0; c < std::min(WIDE, w.n - span * WIDE); c++) out[m * WIDE + c] += w.bias[span * WIDE + c];
     }
 
     static int tiles(const Weight& w) { return (w.n + TILE - 1) / TILE; }
+    static int spans(const Weight& w) { return (w.n + WIDE - 1) / WIDE; }
 
-    // Shares the tiles of one or more matrices; `item(tile, row0, rows)`.
+    // Shares the spans of one or more matrices; `item(span, row0, rows)`.
     template <class Item>
-    void share_tiles(int n_tiles, int n, const Item& item) {
-        int chunk = n >= ROW_BLOCK ? 1 : std::max(1, n_tiles / (pool_.size() * 8));
-        pool_.share(n_tiles, chunk, [&](int tile) {
-            for (int row0 = 0; row0 < n; row0 += ROW_BLOCK) item(tile, row0, std::min(ROW_BLOCK, n - row0));
+    void share_spans(int n_spans, int n, const Item& item) {
+        int chunk = n >= ROW_BLOCK ? 1 : std::max(1, n_spans / (pool_.size() * 8));
+        pool_.share(n_spans, chunk, [&](int span) {
+            for (int row0 = 0; row0 < n; row0 += ROW_BLOCK) item(span, row0, std::min(ROW_BLOCK, n - row0));
         });
     }
 
-    static void put(const float* tile, int rows, int columns, float* to, size_t ld) {
-        for (int m = 0; m < rows; m++, tile += TILE, to += ld) std::copy_n(tile, columns, to);
+    static void put(const float* results, int rows, int columns, float* to, size_t ld) {
+        for (int m = 0; m < rows; m++, results += WIDE, to += ld) std::copy_n(results, columns, to);
     }
 
     void project_qkv(const Layer& layer) {
-        const int n = batch_->n_tokens, width = q_dim_ + 2 * kv_dim_, nq = tiles(layer.q), nk = tiles(layer.k);
-        share_tiles(nq + 2 * nk, n, [&](int tile, int row0, int rows) {
-            bool is_q = tile < nq, is_k = tile < nq + nk;
+        const int n = batch_->n_tokens, width = q_dim_ + 2 * kv_dim_, nq = spans(layer.q), nk = spans(layer.k);
+        share_spans(nq + 2 * nk, n, [&](int span, int row0, int rows) {
+            bool is_q = span < nq, is_k = span < nq + nk;
             const Weight& w = is_q ? layer.q : is_k ? layer.k : layer.v;
-            int own = is_q ? tile : is_k ? tile - nq : tile - nq - nk;
-            int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * TILE;
-            alignas(64) float out[ROW_BLOCK * TILE];
+            int own = is_q ? span : is_k ? span - nq : span - nq - nk;
+            int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * WIDE;
+            alignas(64) float out[ROW_BLOCK * WIDE];
             product(w, own, n, row0, rows, out);
-            put(out, rows, std::min(TILE, w.n - own * TILE), qkv_.data() + size_t(row0) * width + column, width);
+            put(out, rows, std::min(WIDE, w.n - own * WIDE), qkv_.data() + size_t(row0) * width + column, width);
         });
     }
 
@@ -322,27 +363,27 @@ class Step {
 
     void feed_forward(const Layer& layer) {
         const int n = batch_->n_tokens, width = model_.ffn_dim;
-        share_tiles(tiles(layer.gate), n, [&](int tile, int row0, int rows) {
-            alignas(64) float gate[ROW_BLOCK * TILE], up[ROW_BLOCK * TILE];
-            product(layer.gate, tile, n, row0, rows, gate);
-            product(layer.up, tile, n, row0, rows, up);
-            for (int i = 0; i < rows * TILE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
-            put(gate, rows, std::min(TILE, width - tile * TILE), ffn_.data() + size_t(row0) * width + tile * TILE, width);
+        share_spans(spans(layer.gate), n, [&](int span, int row0, int rows) {
+            alignas(64) float gate[ROW_BLOCK * WIDE], up[ROW_BLOCK * WIDE];
+            product(layer.gate, span, n, row0, rows, gate);
+            product(layer.up, span, n, row0, rows, up);
+            for (int i = 0; i < rows * WIDE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
+            put(gate, rows, std::min(WIDE, width - span * WIDE), ffn_.data() + size_t(row0) * width + span * WIDE, width);
         });
     }
 
     // x += w input, with the branch's own norm where there is one; then the input of the next branch.
     void add_to_stream(const Weight& w, int n, const float* post_norm, const float* next_norm) {
         const int dim = model_.dim;
-        share_tiles(tiles(w), n, [&](int tile, int row0, int rows) {
-            alignas(64) float out[ROW_BLOCK * TILE];
-            product(w, tile, n, row0, rows, out);
-            int columns = std::min(TILE, dim - tile * TILE);
-            float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + tile * TILE;
+        share_spans(spans(w), n, [&](int span, int row0, int rows) {
+            alignas(64) float out[ROW_BLOCK * WIDE];
+            product(w, span, n, row0, rows, out);
+            int columns = std::min(WIDE, dim - span * WIDE);
+            float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + span * WIDE;
             if (post_norm) put(out, rows, columns, to, dim);
             else
                 for (int m = 0; m < rows; m++, to += dim)
-                    for (int c = 0; c < columns; c++) to[c] += out[m * TILE + c];
+                    for (int c = 0; c < columns; c++) to[c] += out[m * WIDE + c];
         });
         rows(n, [&](int t) {
             float* x = x_.data() + size_t(t) * dim;
@@ -368,13 +409,13 @@ class Step {
 
     void head() {
         const int n = batch_->n_rows, width = model_.head.n;
-        share_tiles(tiles(model_.head), n, [&](int tile, int row0, int rows) {
-            alignas(64) float out[ROW_BLOCK * TILE];
-            product(model_.head, tile, n, row0, rows, out);
+        share_spans(spans(model_.head), n, [&](int span, int row0, int rows) {
+            alignas(64) float out[ROW_BLOCK * WIDE];
+            product(model_.head, span, n, row0, rows, out);
             if (model_.logit_softcap > 0)
-                for (int i = 0; i < rows * TILE; i += W)
+                for (int i = 0; i < rows * WIDE; i += W)
                     store(out + i, set1(model_.logit_softcap) * tanh(load(out + i) * set1(1 / model_.logit_softcap)));
-            put(out, rows, std::min(TILE, width - tile * TILE), batch_->logits + size_t(row0) * width + tile * TILE, width);
+            put(out, rows, std::min(WIDE, width - span * WIDE), batch_->logits + size_t(row0) * width + span * WIDE, width);
         });
     }
 
@@ -386,6 +427,9 @@ class Step {
     size_t block_bytes_;
     std::vector<float> x_, branch_, qkv_, attended_, ffn_, input_, scales_, sums_, most_, total_, parts_;
     std::vector<int8_t> codes_;
+#ifdef __AMX_BF16__
+    std::vector<TileRow> rounded_;
+#endif
     std::vector<Piece> pieces_;
     std::vector<int> sequence_of_;
 };

@@ -167,7 +167,9 @@ def stored_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor | Pa
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name, value in found.items():
         if tuple(value.shape) != shapes[name]:
-            raise DanluError(f"{weights.path}: {name} has shape {tuple(value.shape)}; the config asks for {shapes[name]}")
+            raise DanluError(
+                f"{weights.path}: {name} has shape {tuple(value.shape)}; the config asks for {shapes[name]}"
+            )
     return config, found
 
 

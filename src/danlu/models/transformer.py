@@ -14,10 +14,13 @@ from danlu.errors import DanluError
 from danlu.nn import masks
 from danlu.nn.block import Block
 from danlu.nn.config import ModelConfig
+from danlu.nn.embedding import Embedding
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.mlp import MLP
 from danlu.nn.moe import MoE, Routing
 from danlu.nn.norm import LayerNorm, RMSNorm, make_norm
+from danlu.nn.paged import PagedStep
+from danlu.nn.paged_memory import PagedMemory
 from danlu.nn.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -56,11 +59,11 @@ class Transformer(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
         self.gradient_checkpointing = False
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = Embedding(config.vocab_size, config.dim)
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.context + config.position_offset, config.dim)
+            self.embed_positions = Embedding(config.context + config.position_offset, config.dim)
         if config.token_types:
-            self.embed_types = nn.Embedding(config.token_types, config.dim)
+            self.embed_types = Embedding(config.token_types, config.dim)
         self.embed_norm = make_norm(config) if config.embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config) if config.final_norm else nn.Identity()
@@ -99,11 +102,11 @@ class Transformer(nn.Module):
         ids_bt: Tensor,
         positions_bt: Tensor | None = None,
         segments_bt: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedStep | None = None,
         *,
         real_bt: Tensor | None = None,
         types_bt: Tensor | None = None,
-        memory: Memory | None = None,
+        memory: Memory | PagedMemory | None = None,
         routings: MutableSequence[Routing] | None = None,
     ) -> Tensor:
         """Final hidden states, (batch, seq, dim), in ``dtype``.
@@ -112,17 +115,24 @@ class Transformer(nn.Module):
             positions_bt: position of each token in its document; default 0, 1, 2, ...
             segments_bt: document number of each token; tokens attend only within their document. Default: one document
                 a row.
-            cache: keys and values of earlier tokens; excludes the two above and ``real_bt``.
+            cache: keys and values of earlier tokens; excludes the two above and ``real_bt``. A paged one brings the
+                positions, and ``ids_bt`` is one row with the new tokens of all its sequences.
             real_bt: False for padding, on either side; positions count real tokens.
             types_bt: sentence number of each token, for encoders of pairs; default 0.
             memory: the encoder's side, for decoders with cross-attention.
             routings: a list that collects the decisions of each mixture of experts, for its losses.
         """
         t = ids_bt.shape[1]
-        if positions_bt is None:
-            positions_bt = self._positions(t, cache, real_bt)
-        mask_of = self._masks(positions_bt, segments_bt, cache, real_bt)
-        length = None if cache is None else cache.max_len
+        length: int | Tensor | None
+        mask_of: dict[int | None, Tensor | None] = {}
+        if isinstance(cache, PagedStep):
+            self._check_length(cache.longest)
+            positions_bt, length = cache.positions_bt, cache.max_lens_bt
+        else:
+            if positions_bt is None:
+                positions_bt = self._positions(t, cache, real_bt)
+            mask_of = self._masks(positions_bt, segments_bt, cache, real_bt)
+            length = None if cache is None else cache.max_len
         rotations = {r: rotary(positions_bt, length) for r, rotary in zip(self._ropes, self.rotary, strict=True)}
         memory_mask = None
         if memory is not None and memory.real_bs is not None:
@@ -132,7 +142,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             rope = self.config.rope_of(layer)
             rotation = None if rope is None else rotations[rope]
-            mask = mask_of[self.config.window_of(layer)]
+            mask = mask_of.get(self.config.window_of(layer))
             attended = None if memory is None else memory.keys_values[layer]
             arguments = (x, rotation, mask, cache, attended, memory_mask)
             if self.gradient_checkpointing and self.training:
@@ -142,22 +152,32 @@ class Transformer(nn.Module):
                     routings.extend(decided)
             else:
                 x = block(*arguments, routings)
-        if cache is not None:
+        if isinstance(cache, KVCache):
             cache.length += t
         return self.norm(x)  # type: ignore[no-any-return]
 
     def _positions(self, t: int, cache: KVCache | None, real_bt: Tensor | None) -> Tensor:
         """(batch or 1, seq) position of each token; padding gets 0."""
-        end = t if cache is None else cache.length + t
-        if self.config.learned_positions and end > self.config.context:
-            raise DanluError(
-                f"a sequence of {end} tokens is longer than the model's table of {self.config.context} positions"
-            )
+        self._check_length(t if cache is None else cache.length + t)
         if cache is not None:
             return cache.positions(t)
         if real_bt is not None and not self.config.count_padding:
             return (real_bt.long().cumsum(dim=1) - 1).clamp(min=0)
         return torch.arange(t, device=self.device)[None]
+
+    def _check_length(self, length: int) -> None:
+        if self.config.learned_positions and length > self.config.context:
+            raise DanluError(
+                f"a sequence of {length} tokens is longer than the model's table of {self.config.context} positions"
+            )
+
+    def position_bias(self, query_positions_bt: Tensor, key_positions_bs: Tensor) -> Tensor | None:
+        """What positions add to the scores, (batch, heads, queries, keys): ALiBi, T5's relative bias or nothing."""
+        if self.config.alibi:
+            return masks.alibi_bias(self.config, query_positions_bt, key_positions_bs)
+        if self.config.relative_buckets:
+            return self.relative_bias.between(query_positions_bt, key_positions_bs)
+        return None
 
     def _embed(self, ids_bt: Tensor, positions_bt: Tensor, types_bt: Tensor | None) -> Tensor:
         x: Tensor = self.embed(ids_bt).to(self.dtype)

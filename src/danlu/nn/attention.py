@@ -1,17 +1,18 @@
 """Attention as every family here has it: grouped queries (Ainslie et al. 2023, arXiv:2305.13245), with what families
-add: biases, normalised queries and keys (arXiv:2302.05442), a cap on the scores (Gemma 2, arXiv:2408.00118)."""
+add: biases, normalised queries and keys (arXiv:2302.05442), a cap on the scores."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu.nn.config import ModelConfig
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.linear import Linear
 from danlu.nn.norm import make_norm
+from danlu.nn.paged import PagedStep
+from danlu.nn.paged_memory import LayerMemory
 from danlu.nn.rope import Rotation, apply_rope
+from danlu.nn.sdpa import attend
 
 
 class Attention(nn.Module):
@@ -52,8 +53,8 @@ class Attention(nn.Module):
         x_btd: Tensor,
         rotation: Rotation | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | PagedStep | None = None,
+        memory: tuple[Tensor, Tensor] | LayerMemory | None = None,
     ) -> Tensor:
         """Attend from every position of ``x``.
 
@@ -61,21 +62,25 @@ class Attention(nn.Module):
             rotation: cos and sin of the positions, for layers that have any.
             mask: boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys). None:
                 causal attention if the model is causal and there are as many keys as queries, else all may be seen.
-            memory: keys and values of another sequence, (batch, n_kv_heads, keys, head_dim) each.
+            cache: earlier keys and values. A paged one knows by itself what each token may see, and takes no mask.
+            memory: keys and values of another sequence, (batch, n_kv_heads, keys, head_dim) each, or those of many, to
+                go with a paged cache.
         """
-        b, t, _ = x_btd.shape
         q = self._heads(self.q_proj(x_btd), self.n_heads, "q")
+        if isinstance(memory, LayerMemory):
+            return self._output(memory.attend(q, scale=self.scale, softcap=self.softcap))
         if memory is None:
             k, v = self.keys_values(x_btd)
             if rotation is not None:
                 q, k = apply_rope(q, rotation, self.interleaved), apply_rope(k, rotation, self.interleaved)
+            if isinstance(cache, PagedStep):
+                return self._output(cache.attend(self.layer, q, k, v, scale=self.scale, softcap=self.softcap))
             if cache is not None:
                 k, v = cache.update(self.layer, k, v)
         else:
             k, v = memory
-        causal = self.causal and mask is None and t == k.shape[2] > 1
-        y = attend(q, k, v, mask, causal=causal, scale=self.scale, softcap=self.softcap)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
+        causal = self.causal and mask is None and q.shape[2] == k.shape[2] > 1
+        return self._output(attend(q, k, v, mask, causal=causal, scale=self.scale, softcap=self.softcap))
 
     def keys_values(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (batch, n_kv_heads, seq, head_dim) each, before any rotation."""
@@ -92,36 +97,6 @@ class Attention(nn.Module):
             x_bthd = getattr(self, f"{which}_norm")(x_bthd)
         return x_bthd.transpose(1, 2)
 
-
-def attend(
-    q_bhtd: Tensor,
-    k_bhsd: Tensor,
-    v_bhsd: Tensor,
-    mask: Tensor | None = None,
-    *,
-    causal: bool = False,
-    scale: float,
-    softcap: float | None = None,
-) -> Tensor:
-    """``softmax(scale * q k^T + mask) v``; fewer key heads than query heads are shared among them.
-
-    Args:
-        softcap: bounds the scores by ``c * tanh(scores / c)`` before the mask.
-    """
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_bhtd, k_bhsd, v_bhsd, attn_mask=mask, is_causal=causal, scale=scale,
-            enable_gqa=q_bhtd.shape[1] != k_bhsd.shape[1],
-        )  # fmt: skip
-    # No fused kernel caps scores, so they are written out here.
-    b, h, t, d = q_bhtd.shape
-    groups, s = k_bhsd.shape[1], k_bhsd.shape[2]
-    q = (q_bhtd * scale).reshape(b, groups, h // groups * t, d)
-    scores = (q @ k_bhsd.transpose(-2, -1)).float().view(b, h, t, s)
-    scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(dim=-1).to(v_bhsd.dtype)
-    return (weights.view(b, groups, h // groups * t, s) @ v_bhsd).view(b, h, t, d)
+    def _output(self, y_bhtd: Tensor) -> Tensor:
+        """The heads side by side again, and projected."""
+        return self.o_proj(y_bhtd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -12,6 +12,8 @@ from danlu.nn.kv_cache import KVCache
 from danlu.nn.mlp import MLP, GatedMLP
 from danlu.nn.moe import MoE, Routing
 from danlu.nn.norm import make_norm
+from danlu.nn.paged import PagedStep
+from danlu.nn.paged_memory import LayerMemory
 from danlu.nn.rope import Rotation
 
 
@@ -61,8 +63,8 @@ class Block(nn.Module):
         x_btd: Tensor,
         rotation: Rotation | None = None,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        memory: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | PagedStep | None = None,
+        memory: tuple[Tensor, Tensor] | LayerMemory | None = None,
         memory_mask: Tensor | None = None,
         routings: MutableSequence[Routing] | None = None,
     ) -> Tensor:

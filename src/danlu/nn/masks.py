@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.nn.config import ModelConfig
+from danlu.nn.embedding import Embedding
 
 
 def visible(
@@ -70,15 +71,19 @@ class RelativeBias(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.relative_buckets, config.n_heads)
+        self.table = Embedding(config.relative_buckets, config.n_heads)
         self.both_ways = not config.causal
         self.max_distance = config.relative_max_distance
 
     def forward(self, n_queries: int, n_keys: int) -> Tensor:
         """(1, heads, queries, keys); the queries are the last of the keys' places."""
-        key = torch.arange(n_keys, device=self.table.weight.device)
-        distance = key - key[n_keys - n_queries :, None]
-        return self.table(self._bucket(distance)).permute(2, 0, 1)[None].float()  # type: ignore[no-any-return]
+        key = torch.arange(n_keys, device=self.table.weight.device)[None]
+        return self.between(key[:, n_keys - n_queries :], key)
+
+    def between(self, query_positions_bt: Tensor, key_positions_bs: Tensor) -> Tensor:
+        """(batch, heads, queries, keys)."""
+        distance = key_positions_bs[:, None, :] - query_positions_bt[:, :, None]
+        return self.table(self._bucket(distance)).permute(0, 3, 1, 2).float()  # type: ignore[no-any-return]
 
     def _bucket(self, distance: Tensor) -> Tensor:
         n = self.table.num_embeddings

@@ -122,12 +122,19 @@ class MoE(nn.Module):
         y_nd = F.embedding_bag(rank_nk, y_pd, per_sample_weights=weights_nk.to(y_pd.dtype), mode="sum")
         return y_nd.view_as(x_btd)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # bounds are data: each routing would compile anew
     def _experts(self, x_pd: Tensor, experts_nk: Tensor) -> Tensor:
         """Each expert on its own slice of the rows, which are sorted by expert."""
         counts = experts_nk.flatten().bincount(minlength=len(self.down_proj)).tolist()
         gate_pf, up_pf = grouped_linear(x_pd, self.gate_up_proj, counts).chunk(2, -1)
         return grouped_linear(self.activation(gate_pf) * up_pf, self.down_proj, counts)
+
+
+def keep_out_of_graphs(model: nn.Module) -> None:
+    """Before a model is compiled: the bounds of the experts' slices are data, so a graph would be made anew for each
+    routing. No decorator: that would import the compiler, 1.5 s, wherever this module is imported."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module._experts = torch.compiler.disable(module._experts)  # type: ignore[method-assign,no-untyped-call]
 
 
 def grouped_linear(x_pi: Tensor, weight_eoi: Tensor, counts: list[int]) -> Tensor:

@@ -34,20 +34,30 @@ class RotaryEmbedding(nn.Module):
         # These two look at how long the sequence is; the others are fixed.
         self.limit = {"dynamic": context, "longrope": scaling.original_context}.get(scaling.kind) if scaling else None
 
-    def forward(self, positions_bt: Tensor, length: int | None = None) -> Rotation:
+    def forward(self, positions_bt: Tensor, length: int | Tensor | None = None) -> Rotation:
         """cos and sin of each position.
 
         Args:
             length: tokens the whole sequence will have, where that is known: keys in a cache stay turned as they were,
-                so scalings that depend on the length must go by one length throughout. Default: the furthest position.
+                so scalings that depend on the length must go by one length throughout. A tensor, (batch, seq): that of
+                each token's sequence. Default: the furthest position.
         """
         inv_freq = self.inv_freq
         if self.limit is not None:
-            length = int(positions_bt.max()) + 1 if length is None else length
-            if length > self.limit:
-                inv_freq = frequencies(self.rope, self.head_dim, self.context, length)[0].to(inv_freq.device)
+            if isinstance(length, Tensor):
+                # Up to the limit all lengths are one; beyond it each is turned at its own pace.
+                lengths, which_bt = torch.unique(length.clamp(min=self.limit), return_inverse=True)
+                table = torch.stack([self._frequencies(n) for n in lengths.tolist()])
+                inv_freq = table[which_bt].to(inv_freq.device)
+            else:
+                length = int(positions_bt.max()) + 1 if length is None else length
+                if length > self.limit:
+                    inv_freq = self._frequencies(length).to(inv_freq.device)
         angles = (positions_bt[..., None].float() * inv_freq).unsqueeze(1)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+    def _frequencies(self, length: int) -> Tensor:
+        return frequencies(self.rope, self.head_dim, self.context, length)[0]
 
 
 def frequencies(rope: Rope, head_dim: int, context: int, length: int = 0) -> tuple[Tensor, float]:

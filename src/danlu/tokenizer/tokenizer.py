@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,8 +97,12 @@ class Tokenizer:
             source = CHATML
         variables = {name: text for name in ROLES if (text := text_of(self._config.get(name))) is not None}
         self._template = ChatTemplate(source, variables) if source is not None else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        source = None if self._template is None else self._template.source
         essence = [self._definition, source, self.bos_id, self.eos_id, self.pad_id]
-        self.fingerprint: str = hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
 
     # ---- at rest
 

@@ -30,7 +30,7 @@ from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import Model
-from danlu.nn.moe import Routing
+from danlu.nn.moe import Routing, keep_out_of_graphs
 from danlu.objectives.causal_lm import next_token_nll_sum
 from danlu.objectives.routing import load_balancing_loss, router_z_loss
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -352,6 +352,7 @@ class Trainer:
         if wanted == "always" and isinstance(self.model, CausalLM):
             begin = time.perf_counter()
             try:
+                keep_out_of_graphs(self.model)
                 for block in self.model.layers:  # one graph serves all blocks: they differ in weights only
                     block.compile(dynamic=False)
                 self.nll_sum = torch.compile(self._nll_sum, dynamic=False)

@@ -1,0 +1,449 @@
+"""The engine: requests in, tokens out, all of them in the same steps.
+
+    step -> scheduler.schedule -> runner.run -> answers.advance
+
+A request's answers depend on its prompt, parameters and seed alone, whatever else runs beside it.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from danlu.config import validate
+from danlu.engine.answers import Answers
+from danlu.engine.batch import Runner
+from danlu.engine.beam import Beams, BeamSearch
+from danlu.engine.blocks import BlockManager
+from danlu.engine.config import SamplingParams
+from danlu.engine.drafts import Draft, Drafter, ModelDrafter, NGramDrafter
+from danlu.engine.engine_config import EngineConfig
+from danlu.engine.grammar import Grammar
+from danlu.engine.kv_memory import blocks_that_fit, longest_that_fits, most_blocks, rope_key
+from danlu.engine.logit_rules import SequenceSampler
+from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, prompt_ids
+from danlu.engine.request import Sequence as Line
+from danlu.engine.runners import open_draft_model, open_runner
+from danlu.engine.scheduler import Plan, Scheduler, batch_of
+from danlu.errors import DanluError
+from danlu.models.causal_lm import CausalLM
+from danlu.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from danlu.engine.logprobs import TokenLogprobs
+
+Pooling = Literal["mean", "last"]
+
+DEFAULTS = EngineConfig()
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does now and has done. Blocks are those of the layers that see everything, or else the first."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_free: int
+    blocks_cached: int
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    preemptions: int
+    drafted: int
+    accepted: int
+
+
+class Engine:
+    """Answers requests. One thread may use it at a time.
+
+    Args:
+        model: a model folder or GGUF file; a model in memory, whose weights are read anew in each step; or a runner.
+        tokenizer: for a model in memory. Without one, prompts are token ids and answers have no text.
+
+    Raises:
+        DanluError: the model cannot be opened, or the cache does not fit the memory.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CausalLM | Runner,
+        config: EngineConfig = DEFAULTS,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.config = validate(config)
+        self.runner, self.tokenizer = open_runner(model, self.config, tokenizer)
+        shape = self.runner.config
+        context = min(shape.context, self.config.context or shape.context)
+        n_blocks = blocks_that_fit(self.runner, self.config, context)
+        self.runner.allocate(n_blocks)
+        self.max_len = longest_that_fits(self.runner, n_blocks, context)
+        """Tokens that prompt and answer can have together."""
+        blocks = BlockManager(
+            self.runner.groups, n_blocks, self.runner.block_size, prefix_cache=self.config.prefix_cache
+        )
+        self._scheduler = Scheduler(blocks, self.config.step_tokens, self.config.max_running)
+        self._answers = Answers(self._scheduler, self.tokenizer)
+        self._draft_model = open_draft_model(self.config, self.tokenizer, shape.vocab_size)
+        self._drafts = self.config.draft == "ngram" or self._draft_model is not None
+        self._to_fail: list[tuple[Request, Exception]] = []
+        self._n_submitted = self._n_steps = 0
+        self._closed = False
+        self._news: list[Event] = []  # of requests that were submitted one by one
+        self._inboxes: dict[str, list[Event]] = {}  # of the others
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        adapter: str | None = None,
+    ) -> str:
+        """Queue a prompt; returns the id of the request, whose news come out of :meth:`step`.
+
+        Args:
+            prompt: text (the start of a document) or token ids.
+
+        Raises:
+            DanluError: this can never run: the prompt is empty, unknown to the model or too long, parameters are
+                impossible, the id is taken, the engine is closed.
+        """
+        return self._submit(prompt, validate(params), request_id=request_id, adapter=adapter).id
+
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        task: Task = "generate",
+        which: str = "the prompt",
+        request_id: str | None = None,
+        adapter: str | None = None,
+        observes: bool = False,
+    ) -> Request:
+        if self._closed:
+            raise DanluError("the engine is closed; open another")
+        if request_id is None:
+            self._n_submitted += 1
+            request_id = f"request-{self._n_submitted}"
+        if request_id in self._answers.requests or request_id in self._inboxes:
+            raise DanluError(f"request_id: {request_id!r} is running already; take another")
+        if adapter is not None and adapter not in getattr(self.runner, "adapters", ()):
+            raise DanluError(f"adapter: there is none of the name {adapter!r}; this engine has no adapters loaded")
+        ids = self._ids(prompt, which, room=task == "generate")
+        if params.stop and self.tokenizer is None:
+            raise DanluError("stop: texts end an answer only where there is a tokenizer; use stop_ids")
+        seed = secrets.randbelow(2**63) if params.seed is None else params.seed
+        max_len = min(len(ids) + params.max_new_tokens, self.max_len) if task == "generate" else len(ids)
+        salt = (adapter, rope_key(self.runner.config, max_len))
+        request = Request(
+            id=request_id,
+            prompt_ids=ids,
+            params=params,
+            task=task,
+            seed=seed,
+            max_len=max_len,
+            salt=salt,
+            adapter=adapter,
+            observes=observes or params.prompt_logprobs is not None,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+        line = Line(request, 0, list(ids), self._answers.stream_for(request))
+        if task == "generate":
+            line.sampler = self._sampler(params, ids, seed)
+            if params.beams > 1:
+                self._require_room_for_beams(request)
+                beams = Beams(params.beams, params.length_penalty, params.early_stopping)
+                request.search = BeamSearch(beams, max_len - len(ids), line.sampler.stop_ids)
+            elif self._drafts:
+                line.drafter = self._drafter(request, seed)
+        self._answers.add(request, line)
+        return request
+
+    def _ids(self, prompt: Prompt, which: str, *, room: bool) -> list[int]:
+        """The tokens of a prompt, all known to the model and not too many.
+
+        Args:
+            room: whether an answer must fit behind them.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise DanluError(f"{which}: is text, and the engine has no tokenizer; give token ids")
+            ids = prompt_ids(self.tokenizer, prompt)
+        else:
+            try:
+                ids = [operator.index(token_id) for token_id in prompt]
+            except TypeError:
+                raise DanluError(f"{which}: holds something that is no token id; expected whole numbers") from None
+        vocab_size, context = self.runner.config.vocab_size, self.runner.config.context
+        if not ids:
+            raise DanluError(f"{which}: is empty; start it with the tokenizer's bos_id")
+        if len(ids) > context - room:
+            raise DanluError(
+                f"{which}: has {len(ids)} tokens, the model's context {context}, answer included; shorten it"
+            )
+        if len(ids) > self.max_len - room:
+            raise DanluError(
+                f"{which}: has {len(ids)} tokens, and {self.max_len} fit the cache, answer included; shorten it, or "
+                "raise kv_memory and context"
+            )
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise DanluError(
+                f"{which}: has token ids outside the model's vocabulary of {vocab_size}; use the model's tokenizer"
+            )
+        return ids
+
+    def _require_room_for_beams(self, request: Request) -> None:
+        beams = request.params.beams
+        if request.params.logprobs is not None:
+            raise DanluError("logprobs: beam search keeps none of single tokens; leave it out, or ask for one beam")
+        if beams > self.config.max_running:
+            raise DanluError(
+                f"beams: {beams} are more than run at the same time (max_running {self.config.max_running})"
+            )
+        blocks = self._scheduler.blocks
+        needed = most_blocks(blocks.groups, blocks.block_size, request.max_len, self.config.step_tokens)
+        if any(beams * n > pool.n_blocks for n, pool in zip(needed, blocks.pools, strict=True)):
+            raise DanluError(
+                f"beams: {beams} beams of {request.max_len} tokens do not fit the cache; "
+                "raise kv_memory, or lower beams or max_new_tokens"
+            )
+
+    def _sampler(self, params: SamplingParams, ids: list[int], seed: int) -> SequenceSampler:
+        if params.best_of is not None and params.logprobs is None:
+            params = replace(params, logprobs=0)  # the best are chosen by their log probabilities
+        grammar: Grammar | None = None
+        stop_ids: Sequence[int] = ()
+        if self.tokenizer is not None:
+            grammar, stop_ids = Grammar.compile(params, self.tokenizer), self.tokenizer.stop_ids
+        elif params.structure is not None:
+            raise DanluError(f"{params.structure}: there is no tokenizer to tell which tokens write it")
+        return SequenceSampler(params, ids, self.runner.config.vocab_size, stop_ids, seed, grammar, self.tokenizer)
+
+    def abort(self, request_id: str) -> None:
+        """End a request at once, wherever it is; its last event says "abort". An unknown id is ignored: the request may
+        just have ended by itself."""
+        request = self._answers.requests.get(request_id)
+        if request is not None:
+            self._answers.cut(request, "abort")
+
+    # ---------------------------------------------------------------------------------------------- steps
+
+    @property
+    def has_work(self) -> bool:
+        """Whether :meth:`step` has something to do or to tell."""
+        return bool(self._answers.requests or self._answers.events or self._news)
+
+    def step(self) -> list[Event]:
+        """Run the next tokens of all that runs; returns what has come of it. What belongs to a :meth:`generate` or
+        :meth:`stream` that is under way goes there."""
+        self._step()
+        news, self._news = self._news, []
+        return news
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        answers = self._answers
+        if answers.requests:
+            plan = self._scheduler.schedule(self._draft if self._drafts else None)
+            self._n_steps += 1
+            try:
+                logits_rv, hidden_rd = self._run(plan)
+            except BaseException as error:  # also Ctrl-C: what the tables say is not in the cache
+                for request in {piece.sequence.request for piece in (*plan.pieces, *plan.hidden)}:
+                    answers.fail(request, error if isinstance(error, Exception) else type(error).__name__)
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                answers.advance(plan, logits_rv, hidden_rd)
+            for request, reason in self._to_fail:
+                if request.id in answers.requests:
+                    answers.fail(request, reason)
+            self._to_fail.clear()
+        events, answers.events = answers.events, []
+        for event in events:
+            self._inboxes.get(event.request_id, self._news).append(event)
+
+    def _run(self, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+        for group, pairs in enumerate(plan.copies):
+            if pairs:
+                self.runner.copy_blocks(group, pairs)
+        hidden_rd = self.runner.hidden(batch_of(plan.hidden)) if plan.hidden else None
+        logits_rv = self.runner.run(batch_of(plan.pieces)) if plan.pieces else None
+        return logits_rv, hidden_rd
+
+    def _drafter(self, request: Request, seed: int) -> Drafter:
+        if self._draft_model is not None:
+            return ModelDrafter(self._draft_model, request.max_len, seed)
+        return NGramDrafter()
+
+    def _draft(self, line: Line, k: int) -> Draft | None:
+        """Guesses of what follows. Who fails to guess is ended after the step."""
+        assert line.drafter is not None
+        try:
+            return line.drafter.propose(line.token_ids, min(k, self.config.draft_tokens), line.sampler)
+        except Exception as error:
+            self._to_fail.append((line.request, error))
+            return None
+
+    # ---------------------------------------------------------------------------------------------- whole answers
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        """Answer prompts, as many at a time as fit; the answers come in the order of the prompts.
+
+        Args:
+            params: one for all, or one for each prompt.
+            progress: called with the number of prompts that have just been answered.
+
+        Raises:
+            DanluError: a prompt or its parameters can never run; nothing is run then. What goes wrong later ends one
+                answer alone, whose ``error`` says why.
+        """
+        each = [validate(params)] * len(prompts) if isinstance(params, SamplingParams) else [*map(validate, params)]
+        return self._answer(prompts, each, progress=progress)
+
+    def score(self, prompts: Sequence[Prompt]) -> list[list[TokenLogprobs | None]]:
+        """Log probability of each token of each prompt, given those before it; None for the first."""
+        params = SamplingParams(prompt_logprobs=0)
+        found = self._answer(prompts, [params] * len(prompts), task="score")
+        return [_without_error(generation).prompt_logprobs or [] for generation in found]
+
+    def embed(self, prompts: Sequence[Prompt], pooling: Pooling = "mean") -> Tensor:
+        """Final hidden states of prompts, (prompts, dim) fp32: the mean over all tokens, or the last token's."""
+        requests: list[Request] = []
+        for _ in self._events(prompts, [SamplingParams()] * len(prompts), requests, "embed", pooling == "mean"):
+            pass
+        pooled = []
+        for request in requests:
+            if request.pooled is None:
+                raise DanluError("the engine was closed before all texts were embedded")
+            pooled.append(request.pooled)
+        return torch.stack(pooled) if pooled else torch.empty(0, self.runner.config.dim)
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Event]:
+        """Answer one prompt; its events as they come. Who stops to listen aborts it.
+
+        Raises:
+            DanluError: as :meth:`submit`.
+        """
+        return self._events([prompt], [validate(params)], [])
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        task: Task = "generate",
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        if len(params) != len(prompts):
+            raise DanluError(
+                f"there are {len(prompts)} prompts and {len(params)} sets of parameters; give one for each"
+            )
+        requests: list[Request] = []
+        done: dict[str, Generation] = {}
+        for event in self._events(prompts, params, requests, task):
+            if event.generation is not None:
+                done[event.request_id] = event.generation
+                if progress is not None:
+                    progress(1)
+        return [done[request.id] for request in requests]
+
+    def _events(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        requests: list[Request],
+        task: Task = "generate",
+        observes: bool = False,
+    ) -> Generator[Event]:
+        """Submit prompts (entered into ``requests``) and run until all of them are done; their events."""
+        inbox: list[Event] = []
+        try:
+            for number, (prompt, one) in enumerate(zip(prompts, params, strict=True), 1):
+                which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+                requests.append(self._submit(prompt, one, task=task, which=which, observes=observes))
+                self._inboxes[requests[-1].id] = inbox
+            n_open = len(requests)
+            while n_open:
+                self._step()
+                events, inbox[:] = inbox[:], []
+                n_open -= sum(event.generation is not None for event in events)
+                yield from events
+        finally:
+            for request in requests:
+                if self._answers.requests.get(request.id) is request:
+                    self._answers.cut(request, "abort")
+            own = {request.id for request in requests}
+            self._answers.events = [event for event in self._answers.events if event.request_id not in own]
+            for request in requests:
+                del self._inboxes[request.id]
+
+    # ---------------------------------------------------------------------------------------------- the whole
+
+    def close(self) -> None:
+        """End all requests with "abort", which :meth:`step` still tells, and free the cache."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._answers.requests.values()):
+            self._answers.cut(request, "abort")
+        self.runner.allocate([0] * len(self.runner.groups))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self) -> None:
+        """Compare the accounts of all blocks with the tables of all requests.
+
+        Raises:
+            AssertionError: they disagree.
+        """
+        tables = []
+        for request in self._answers.requests.values():
+            for unit in request.units:
+                tables += [line.table for line in unit.sequences if line.table is not None]
+        self._scheduler.blocks.check(tables)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it does now and has done."""
+        counts = Counter(self._answers.counts)
+        for request in self._answers.requests.values():
+            counts.update(request.counts())
+        pool = self._scheduler.blocks.pools[0]
+        return EngineStats(
+            running=sum(len(unit.sequences) for unit in self._scheduler.running),
+            waiting=sum(len(unit.sequences) for unit in self._scheduler.waiting),
+            blocks_used=pool.n_blocks - pool.n_free,
+            blocks_free=pool.n_free,
+            blocks_cached=pool.n_cached,
+            steps=self._n_steps,
+            **{field: counts[field] for field in COUNTS},
+        )
+
+
+def _without_error(generation: Generation) -> Generation:
+    if generation.error is not None:
+        raise DanluError(generation.error)
+    return generation

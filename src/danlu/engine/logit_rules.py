@@ -1,0 +1,301 @@
+"""Everything of one sequence that changes its logits, with its state, and the next tokens of a batch of sequences.
+
+bias -> penalties -> bars -> grammar      (here)      -> temperature -> filters -> draw      (sampling.py)
+"""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.engine.banned_strings import BannedStrings
+from danlu.engine.config import SamplingParams
+from danlu.engine.grammar import Grammar
+from danlu.engine.logprobs import Sampled, token_logprobs
+from danlu.engine.sampling import (
+    GREEDY_BELOW,
+    LARGEST,
+    Candidates,
+    Ids,
+    Row,
+    draw,
+    penalise_counts,
+    penalise_repetition,
+    sanitize,
+    truncate,
+)
+from danlu.errors import DanluError
+
+if TYPE_CHECKING:
+    from danlu.tokenizer.tokenizer import Tokenizer
+
+
+ONLY_IN_ENGINE = (
+    "n", "best_of", "beams", "logprobs", "prompt_logprobs", "banned_strings", "json_schema", "regex", "choice",
+    "grammar", "min_new_tokens", "ignore_eos", "stop_ids",
+)  # fmt: skip
+"""Options that need more than the logits of a row."""
+
+
+class SequenceSampler:
+    """How the next token of one sequence is chosen.
+
+    Args:
+        stop_ids: the model's own stop tokens.
+        seed: of this sequence's draws; ``params.seed`` is not read.
+        grammar: this sequence's own, see :meth:`Grammar.compile`.
+        tokenizer: only ``banned_strings`` need it.
+
+    Attributes:
+        stop_ids: tokens that end this sequence: the model's, unless they are ignored, and those of ``params``.
+        generator: a generator on the CPU, so that a seed means the same draws on every device. Each draw takes one
+            number from it.
+
+    Raises:
+        DanluError: ``params`` name tokens outside the vocabulary, or ban texts and there is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        seed: int,
+        grammar: Grammar | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        _require_ids(params, vocab_size)
+        own = [i for i in stop_ids if i < vocab_size] if not params.ignore_eos else []
+        self.params = params
+        self.stop_ids = frozenset([*own, *params.stop_ids])
+        self.generator = torch.Generator().manual_seed(seed)
+        self.grammar = grammar
+        self.n_accepted = 0
+        self._stop_ids = _ids(self.stop_ids)
+        self._bias_ids, self._biases = _ids(params.logit_bias), np.array([*params.logit_bias.values()], np.float32)
+        self._barred = _barred(params, self.stop_ids, vocab_size)
+        self._prompt_ids = np.unique(_ids(prompt_ids)) if params.repetition_penalty != 1 else _ids(())
+        self._counts: dict[int, int] = {}
+        self._banned: BannedStrings | None = None
+        if params.banned_strings:
+            if tokenizer is None:
+                raise DanluError("banned_strings: there is no tokenizer to tell which tokens write them; ban tokens")
+            self._banned = BannedStrings(params.banned_strings, tokenizer)
+        self._penalises_counts = bool(params.frequency_penalty or params.presence_penalty or params.count_penalty)
+        self._always_rules = bool(
+            self._penalises_counts
+            or params.repetition_penalty != 1
+            or params.logit_bias
+            or len(self._barred)
+            or self._banned is not None
+            or grammar is not None
+        )
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature < GREEDY_BELOW
+
+    @property
+    def rules(self) -> bool:
+        """Whether the logits of the next token are changed before the temperature."""
+        return self._always_rules or self.n_accepted < self.params.min_new_tokens
+
+    @property
+    def finished(self) -> bool:
+        """The grammar admits nothing more: the answer is complete."""
+        return self.grammar is not None and self.grammar.finished
+
+    def apply(self, row: Row) -> None:
+        """Change logits, (vocab,), in place; what is barred becomes -inf.
+
+        Raises:
+            DanluError: no token is left, or the grammar became too complex to follow.
+        """
+        params = self.params
+        row[self._bias_ids] += self._biases
+        if params.repetition_penalty != 1:
+            penalise_repetition(row, np.union1d(self._prompt_ids, _ids(self._counts)), params.repetition_penalty)
+        if self._counts and self._penalises_counts:
+            penalise_counts(
+                row,
+                _ids(self._counts),
+                _ids(self._counts.values()),
+                frequency=params.frequency_penalty,
+                presence=params.presence_penalty,
+                count=params.count_penalty,
+            )
+        row[self._barred] = -np.inf
+        if self.n_accepted < params.min_new_tokens:
+            row[self._stop_ids] = -np.inf
+        if self._banned is not None:
+            ids = self._banned.completing()
+            row[ids[ids < len(row)]] = -np.inf
+        if self.grammar is not None:
+            self.grammar.mask(row, self._stop_ids)
+        if row.max() == -np.inf:
+            raise DanluError("the rules of the request leave no token to choose from; loosen what it bans or demands")
+
+    def accept(self, token_id: int) -> None:
+        """The token was chosen.
+
+        Raises:
+            DanluError: the grammar does not admit it.
+        """
+        self.n_accepted += 1
+        if self._penalises_counts or self.params.repetition_penalty != 1:
+            self._counts[token_id] = self._counts.get(token_id, 0) + 1
+        if self._banned is not None:
+            self._banned.accept(token_id)
+        if self.grammar is not None and token_id not in self.stop_ids:
+            self.grammar.accept(token_id)
+
+    def fork(self, seed: int) -> SequenceSampler:
+        """Another sequence with the same past and draws of its own."""
+        other = copy.copy(self)
+        other.generator = torch.Generator().manual_seed(seed)
+        other._counts = dict(self._counts)
+        other._banned = None if self._banned is None else self._banned.fork()
+        other.grammar = None if self.grammar is None else self.grammar.fork()
+        return other
+
+
+_overflow_is_never_drawn = np.errstate(over="ignore")
+"""A logit near the lowest number may become -inf under penalties and temperature."""
+
+
+@_overflow_is_never_drawn
+def sample_rows(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
+    """The next token of each sequence; they do not accept it yet.
+
+    Args:
+        logits_rv: (rows, vocab) one row for each sampler, on any device; it is not changed.
+
+    Raises:
+        DanluError: a row has no number in it, or its rules leave no token. Nothing has been drawn then, so the rows can
+            be tried again one by one.
+    """
+    if logits_rv.device.type != "cpu" and all(map(_plainly_greedy, samplers)):  # spares moving whole rows
+        largest_r, ids_r = logits_rv.max(dim=-1)
+        if bool((largest_r.abs() < LARGEST).all()):
+            return [Sampled(token_id) for token_id in ids_r.tolist()]
+    rows = _rows(logits_rv)
+    choices = [_choice(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+    found = []
+    for row, choice, sampler in zip(rows, choices, samplers, strict=True):
+        token_id = choice if isinstance(choice, int) else draw(choice, sampler.generator)
+        n = sampler.params.logprobs
+        found.append(Sampled(token_id, None if n is None else token_logprobs(_sane(row), token_id, n)))
+    return found
+
+
+@_overflow_is_never_drawn
+def rows_logprobs(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> Tensor:
+    """(rows, vocab) fp32 log-probabilities that each sequence's next token is drawn by: after rules, temperature and
+    filters, -inf for what they leave out. Where the temperature is 0: after the rules alone. Errors as
+    :func:`sample_rows`."""
+    logprobs = []
+    for row, sampler in zip(_rows(logits_rv), samplers, strict=True):
+        row = _ruled(row, sampler)
+        if not sampler.greedy:
+            kept = truncate(row / np.float32(sampler.params.temperature), sampler.params)
+            row = np.full_like(row, -np.inf) if kept.row is None else kept.row
+            row[kept.ids] = kept.logits
+        logprobs.append(torch.from_numpy(row).log_softmax(dim=-1))
+    return torch.stack(logprobs).to(logits_rv.device)
+
+
+class Sampler:
+    """The samplers of a batch whose rows leave it as they end, for runs without the engine.
+
+    Args:
+        params: one for each row.
+        prompts: the prompt's token ids of each row.
+        vocab_size: width of the logits.
+
+    Raises:
+        DanluError: ``params`` ask for what only the engine does.
+    """
+
+    def __init__(self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+        plain = SamplingParams()
+        for one in params:
+            asked = next((name for name in ONLY_IN_ENGINE if getattr(one, name) != getattr(plain, name)), None)
+            if asked is not None:
+                raise DanluError(f"{asked}: is not supported by models of this kind; leave it out")
+        self._samplers = [
+            SequenceSampler(one, prompt, vocab_size, (), secrets.randbits(63) if one.seed is None else one.seed)
+            for one, prompt in zip(params, prompts, strict=True)
+        ]
+
+    def __call__(self, logits_bv: Tensor) -> Tensor:
+        """The next token of each row, (batch,)."""
+        ids = [sampled.token_id for sampled in sample_rows(logits_bv, self._samplers)]
+        for sampler, token_id in zip(self._samplers, ids, strict=True):
+            sampler.accept(token_id)
+        return torch.tensor(ids, device=logits_bv.device)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self._samplers = [self._samplers[row] for row in rows]
+
+
+def _plainly_greedy(sampler: SequenceSampler) -> bool:
+    return sampler.greedy and not sampler.rules and sampler.params.logprobs is None
+
+
+def _rows(logits_rv: Tensor) -> Row:
+    rows: Row = logits_rv.detach().float().cpu().numpy()
+    return rows
+
+
+def _choice(row: Row, sampler: SequenceSampler) -> int | Candidates:
+    """The token, where it is certain, or those to draw it from."""
+    row = _ruled(row, sampler)
+    if sampler.greedy:
+        return int(row.argmax())
+    return truncate(row / np.float32(sampler.params.temperature), sampler.params)
+
+
+def _ruled(row: Row, sampler: SequenceSampler) -> Row:
+    """The row after the rules, which change a copy."""
+    row = _sane(row)
+    if sampler.rules:
+        row = row.copy()
+        sampler.apply(row)
+    return row
+
+
+def _sane(row: Row) -> Row:
+    """The row without NaN and +inf; a copy where it had any."""
+    if abs(row[row.argmax()]) < LARGEST:  # argmax finds a NaN wherever there is one, and is faster than max
+        return row
+    sane: Row = sanitize(torch.from_numpy(row)).numpy()
+    return sane
+
+
+def _ids(ids: object) -> Ids:
+    return np.fromiter(ids, dtype=np.int64)  # type: ignore[call-overload, no-any-return]
+
+
+def _barred(params: SamplingParams, stop_ids: frozenset[int], vocab_size: int) -> Ids:
+    """Tokens that are never used."""
+    barred = np.zeros(vocab_size, dtype=bool)
+    if params.allowed_tokens:
+        barred[:] = True
+        barred[[*params.allowed_tokens, *stop_ids]] = False
+    barred[list(params.banned_tokens)] = True
+    return np.flatnonzero(barred)
+
+
+def _require_ids(params: SamplingParams, vocab_size: int) -> None:
+    for name in ("logit_bias", "allowed_tokens", "banned_tokens", "stop_ids"):
+        strange = next((i for i in getattr(params, name) if not 0 <= i < vocab_size), None)
+        if strange is not None:
+            raise DanluError(f"{name}: token id {strange} is outside the model's vocabulary of {vocab_size}")

@@ -1,0 +1,53 @@
+"""Log-probabilities of tokens, as the model itself has them.
+
+They are natural logarithms of the raw distribution, before penalties, temperature, filters and grammar, as those of
+OpenAI and vLLM are: what they say of a model does not depend on how it was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from danlu.engine.sampling import Row, log_total, sanitize, shortlist
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log-probability, and the most likely tokens in its place with theirs, most likely first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The token that was chosen, with its log-probabilities where they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+def token_logprobs(row: Row, token_id: int, n: int) -> TokenLogprobs:
+    """Log-probabilities of one token and of the ``n`` most likely.
+
+    Args:
+        row: (vocab,) raw logits, sanitized.
+    """
+    total = log_total(row)
+    likeliest = shortlist(row).first(n) if n else None
+    top = () if likeliest is None else zip(likeliest.ids.tolist(), (likeliest.logits - total).tolist(), strict=True)
+    return TokenLogprobs(token_id, float(row[token_id]) - total, tuple(top))
+
+
+def logprobs_of(logits_rv: Tensor, token_ids: Sequence[int], n: int) -> list[TokenLogprobs]:
+    """Log-probabilities of the token that stands at each row, such as those of a prompt.
+
+    Raises:
+        DanluError: a row has no number in it.
+    """
+    rows = sanitize(logits_rv.detach()).cpu().numpy()
+    return [token_logprobs(row, token_id, n) for row, token_id in zip(rows, token_ids, strict=True)]

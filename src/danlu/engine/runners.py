@@ -1,0 +1,99 @@
+"""From what a user names to what runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from danlu.engine.batch import Runner
+from danlu.engine.drafts import DraftModel
+from danlu.engine.engine_config import EngineConfig
+from danlu.engine.native_runner import NativeRunner, why_not
+from danlu.engine.torch_runner import TorchRunner
+from danlu.errors import DanluError
+from danlu.hardware import DTYPES, pick_device, pick_precision
+from danlu.models.causal_lm import CausalLM
+from danlu.models.load import load_model, read_config
+from danlu.tokenizer.tokenizer import Tokenizer
+
+
+def open_runner(
+    model: str | Path | CausalLM | Runner, config: EngineConfig, tokenizer: Tokenizer | None
+) -> tuple[Runner, Tokenizer | None]:
+    """What runs a model, and its tokenizer where there is one.
+
+    Args:
+        model: a model folder or GGUF file, a model in memory, or a runner, which is taken as it is.
+
+    Raises:
+        DanluError: the model cannot be opened.
+    """
+    if isinstance(model, str | Path):
+        path = Path(model)
+        runner = _native(path, config) or _on_torch(_load(path, config), config)
+        return runner, tokenizer or Tokenizer.load(path)
+    if isinstance(model, CausalLM):
+        return _native(model, config) or _on_torch(model, config), tokenizer
+    return model, tokenizer
+
+
+def _native(model: Path | CausalLM, config: EngineConfig) -> NativeRunner | None:
+    """The native kernels, where they are wanted and cover the model.
+
+    With ``precision=auto`` the weights of a file stay as they are stored, packed ones too.
+    """
+    if config.kernels == "torch":
+        return None
+    device = pick_device(config.device) if isinstance(model, Path) else model.device
+    reason = _why_not_native(model, config, device)
+    if reason is not None:
+        if config.kernels == "native" or config.weights != "stored":
+            wanted = "kernels=native" if config.kernels == "native" else f"weights={config.weights}"
+            raise DanluError(f"{wanted}: the native kernels cannot run this: {reason}")
+        return None
+    assert config.kv_dtype != "fp16"
+    weight_dtype = None if config.weights == "stored" else config.weights
+    options = {"kv_dtype": config.kv_dtype, "weight_dtype": weight_dtype, "threads": config.threads}
+    if isinstance(model, Path) and config.precision == "auto":
+        return NativeRunner.open(model, **options)
+    return NativeRunner.of(_load(model, config) if isinstance(model, Path) else model, **options)
+
+
+def _why_not_native(model: Path | CausalLM, config: EngineConfig, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the model runs on {device}"
+    if config.block_size != NativeRunner.block_size:
+        return f"blocks are of {NativeRunner.block_size} tokens, not {config.block_size}"
+    if config.kv_dtype == "fp16":
+        return "there is no cache in fp16; choose bf16"
+    if isinstance(model, CausalLM) and model.compute_dtype not in (None, model.embed.weight.dtype):
+        return f"the model computes in {model.compute_dtype}"
+    return why_not(model.config if isinstance(model, CausalLM) else read_config(model))
+
+
+def _on_torch(model: CausalLM, config: EngineConfig) -> TorchRunner:
+    kv_dtype: torch.dtype | Literal["int8"] | None = None
+    if config.kv_dtype != "auto":
+        kv_dtype = "int8" if config.kv_dtype == "int8" else DTYPES[config.kv_dtype]
+    return TorchRunner(model, block_size=config.block_size, kv_dtype=kv_dtype)
+
+
+def _load(path: Path, config: EngineConfig) -> CausalLM:
+    device = pick_device(config.device)
+    model: CausalLM = load_model(path, CausalLM, device=device, dtype=DTYPES[pick_precision(config.precision, device)])
+    return model
+
+
+def open_draft_model(config: EngineConfig, tokenizer: Tokenizer | None, vocab_size: int) -> DraftModel | None:
+    """The small model that a config names, if any.
+
+    Raises:
+        DanluError: it cannot be opened, or its tokenizer is another.
+    """
+    if config.draft_model is None:
+        return None
+    if tokenizer is None:
+        raise DanluError("draft_model: needs the tokenizer of the model that answers, to compare it with its own")
+    return DraftModel(_load(config.draft_model, config), Tokenizer.load(config.draft_model), tokenizer, vocab_size)

@@ -1,0 +1,193 @@
+"""The AVX512 and AMX kernels where no CPU has them: their own source, compiled with emulated intrinsics, runs in place
+of what this CPU would run. SIMDe has most intrinsics; the rest and the tiles are in `emulated.h`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from danlu.engine.batch import Batch
+from danlu.engine.native_runner import NativeRunner
+from danlu.formats.gguf_blocks import PackedTensor, dequantize, quantize
+from danlu.kernels import build, native
+from danlu.models.causal_lm import CausalLM
+from danlu.nn.config import ModelConfig, Rope
+from danlu.nn.linear import Linear
+
+HEADER = Path(__file__).with_name("emulated.h")
+AVX2 = next(known.flags for known in build.SETS if known.name == "avx2")
+AMX_ROWS = 32  # amx.h: fewer rows take the AVX512 path
+
+# 17 and 3 tiles of outputs: tiles that have no neighbour; 72 inputs: no whole block of 32.
+FLOAT_SHAPE: dict[str, Any] = {"dim": 96, "n_heads": 6, "n_kv_heads": 3, "head_dim": 16, "ffn_dim": 72}
+BLOCK_SHAPE: dict[str, Any] = {"dim": 256, "n_heads": 6, "n_kv_heads": 3, "head_dim": 16, "ffn_dim": 320}
+
+
+def _why_not() -> str | None:
+    if not native.paths().get("avx2"):
+        return f"no native kernels to compare with: {native.choose()[1]}"
+    tried = [str(build.compiler()), "-x", "c++", "-E", "-include", "simde/x86/avx512.h", "/dev/null"]
+    return None if subprocess.run(tried, capture_output=True).returncode == 0 else "SIMDe (libsimde-dev) is missing"
+
+
+pytestmark = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("emulated")
+    flags = (*AVX2, "-O0", "-Wno-psabi", "-include", str(HEADER))
+    own = {"avx512": flags, "amx": (*flags, "-DEMULATE_AMX")}
+
+    def built(name: str) -> Path:
+        return build.build_one(Path(build.__file__).parent, folder, f"{name}.so", own[name], "-DDANLU_AVX2")
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(own, pool.map(built, own), strict=True))
+
+
+def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float32) -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(ModelConfig(rope=Rope(), vocab_size=271, n_layers=1, context=512, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(0.15 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
+    return model.to(dtype).float().eval()
+
+
+def packed(model: CausalLM, kind: str) -> dict[str, Tensor | PackedTensor]:
+    """Its weights in blocks; the model itself gets the same numbers."""
+    weights: dict[str, Tensor | PackedTensor] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, Linear) or name == "embed":
+                shape = tuple(module.weight.shape)
+                blocks = quantize(module.weight, kind)
+                weights[f"{name}.weight"] = PackedTensor(kind, shape, blocks)
+                module.weight.copy_(dequantize(blocks, kind, shape))
+    return weights
+
+
+def run(runner: NativeRunner, sequences: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
+    """Logits of sequences of the same length that begin together, so many in each step; (token, vocabulary)."""
+    length = len(sequences[0])
+    per_sequence = -(-length // native.TILE)
+    runner.allocate([per_sequence * len(sequences)])
+    found, first = [], 0
+    for n in steps:
+        rows = range(first, first + n)
+        batch = Batch(
+            torch.cat([sequences[row] for row in rows]).numpy().astype(np.int32),
+            np.tile(np.arange(length, dtype=np.int32), n),
+            np.arange(n + 1, dtype=np.int32) * length,
+            (np.arange(first * per_sequence, (first + n) * per_sequence, dtype=np.int32).reshape(n, -1),),
+            np.arange(n * length, dtype=np.int32),
+            np.full(n, length, np.int32),
+        )
+        found.append(runner.run(batch))
+        first += n
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", ["avx512", "amx"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_8_bit_products_are_those_of_avx2(
+    name: str, kind: str, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number of rows that has code of its own. Sequences of one token: where fp32's rounding decides between two
+    codes of an activation, no other sequence sees it."""
+    model = model_of(BLOCK_SHAPE)
+    weights = packed(model, kind)
+    steps = [1, 2, 3, 4, 5, 16, 31]
+    ids = torch.arange(sum(steps))[:, None]
+    found = {}
+    for path in ("avx2", str(libraries[name])):
+        monkeypatch.setenv(native.VARIABLE, path)
+        found[path] = run(NativeRunner(model.config, weights, kv_dtype="fp32", threads=2), ids, steps)
+    expected, ours = found.values()
+    worst = (ours - expected).abs().amax(dim=1) / expected.std()
+    assert worst.median() < 1e-5
+    assert worst.quantile(0.9) < 1e-4
+    assert worst.max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["avx512", "amx"])
+@pytest.mark.parametrize(("length", "n"), [(300, 1), (20, 7)])
+def test_float_products_and_attention(
+    name: str, length: int, n: int, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 stays fp32, with tiles or without."""
+    monkeypatch.setenv(native.VARIABLE, str(libraries[name]))
+    model = model_of(FLOAT_SHAPE)
+    ids = torch.randint(0, 271, (n, length))
+    with torch.inference_mode():
+        expected = model(ids).flatten(0, 1)
+    assert (run(NativeRunner.of(model, threads=2), ids, [n]) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To bfloat16, as the kernel does it: ties, which sums of two fp16 numbers often are, away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x8000) & ~0xFFFF).view(torch.float32)
+
+
+def in_bfloat16(model: CausalLM) -> None:
+    """Its linear layers take rounded weights and inputs, and add in fp32."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.copy_(rounded(module.weight))
+                module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0", "Q4_0", "Q4_1"])
+def test_many_rows_are_multiplied_in_bfloat16(
+    kind: str, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.VARIABLE, str(libraries["amx"]))
+    if kind in ("BF16", "F16"):
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}[kind]
+        model = model_of(FLOAT_SHAPE, dtype)
+        weights: Any = {name: p.to(dtype) if p.ndim > 1 else p for name, p in model.named_parameters()}
+    else:
+        model = model_of(BLOCK_SHAPE)
+        weights = packed(model, kind)
+    steps = [AMX_ROWS, AMX_ROWS + 1, 48, 130, 27]  # the last is too short for tiles
+    ids = torch.arange(sum(steps))[:, None]
+    found = run(NativeRunner(model.config, weights, kv_dtype="fp32", threads=2), ids, steps)
+    with torch.inference_mode():
+        exact = model(ids)[:, 0]
+        in_bfloat16(model)
+        expected = model(ids)[:, 0]
+    worst = ((found - expected).abs().amax(dim=1) / expected.std())[: -steps[-1]]
+    rounding = (exact - expected).abs().amax(dim=1).median() / expected.std()
+    assert worst.median() < 1e-3 * rounding
+    assert worst.max() < rounding
+    assert (found - exact)[-steps[-1] :].abs().max() < (1e-4 if kind in ("BF16", "F16") else 0.1) * exact.std()
+
+
+def test_new_weights_at_an_old_address_are_unpacked_again(
+    libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(native.VARIABLE, str(libraries["amx"]))
+    model = model_of(FLOAT_SHAPE, torch.bfloat16)
+    runner = NativeRunner(model.config, {k: p.bfloat16() for k, p in model.named_parameters()}, threads=2)
+    ids = torch.arange(40)[:, None]
+    before = run(runner, ids, [40])
+    for matrix in runner._matrices[1:]:
+        matrix.data[1::2] ^= 0x80  # the sign of every weight but the embeddings'
+    after = run(runner, ids, [40])
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.neg_()
+        in_bfloat16(model)
+        assert (after - model(ids)[:, 0]).abs().median() < 0.1 * (after - before).abs().median()
