@@ -230,7 +230,7 @@ class FirstToken:
 START = {
     "danlu": (
         "import sys; from danlu.cli import main; sys.argv[1:1] = ['generate']; "
-        "sys.argv += ['--prompt', 'Hi', '--temperature', '0', '--max-new-tokens', '8']; main()"
+        "sys.argv += ['Hi', '--temperature', '0', '--max-new-tokens', '8']; main()"
     ),
     "llama.cpp": (
         "import sys; from llama_cpp import Llama; model = Llama(sys.argv[1], verbose=False); "

@@ -1,8 +1,9 @@
 """The command line, made from the table of verbs.
 
 Every field of a verb's config becomes an option (positional fields become arguments, optional ones of them both), with
-the field's help, default, unit and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the command line, where
-`--lr 0.01` and `lr=0.01` mean the same. All go through :func:`danlu.config.load`, which reports every mistake at once.
+the field's help, default, unit and bounds. Values come, weakest first, from the defaults, `--config FILE.yaml`, and the
+command line, where `--lr 0.01` and `lr=0.01` mean the same. All go through :func:`danlu.config.load`, which reports
+every mistake at once.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_guesses_know_nothing_of_the_draws_that_judge_them() -> None:
     for seed in range(300):
         sampler = SequenceSampler(params, [1], VOCAB, (), seed, None)
         guesses += ModelDrafter(draft_model, 8, seed).propose([3, 4], 1, sampler).ids
-        draws.append(float(torch.rand((), generator=sampler.generator)))
+        draws.append(float(torch.rand((), dtype=torch.float64, generator=sampler.generator)))
     some, others = (
         [d for g, d in zip(guesses, draws, strict=True) if (g == guesses[0]) is same] for same in (True, False)
     )

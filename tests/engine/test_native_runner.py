@@ -46,7 +46,7 @@ class NativeSequences(Sequences):
 
     def poison(self, group: int, blocks: list[int]) -> None:
         for stored in self.runner._caches[group]:  # type: ignore[attr-defined]
-            stored[:, blocks] = 0xFF  # NaN as float and as bfloat16; as int8 the scales are NaN
+            stored[blocks] = 0xFF  # NaN as float and as bfloat16; as int8 the scales are NaN
 
 
 @pytest.mark.parametrize("family", COVERED)

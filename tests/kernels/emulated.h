@@ -1,5 +1,5 @@
-// Included before a kernel source, lets it be compiled for AVX512-VNNI and, with EMULATE_AMX, for AMX, and run on any CPU
-// with AVX2: SIMDe has most of the AVX512 intrinsics, the rest and the tiles are here, in plain loops.
+// Included before a kernel source, lets it be compiled for AVX512-VNNI and, with EMULATE_AMX, for AMX, and run on any
+// CPU with AVX2: SIMDe has most of the AVX512 intrinsics, the rest and the tiles are here, in plain loops.
 #pragma once
 #include <immintrin.h>
 
@@ -99,7 +99,7 @@ inline void multiply_tiles(int c, int a, int b) {
 #define _mm512_cvtepi32_epi16(a) emulated::each<__m256i, int16_t, int32_t>(a, [](int32_t x) { return int16_t(x); })
 #define _mm512_cvtepi32_ps(a) emulated::each<__m512, float, int32_t>(a, [](int32_t x) { return float(x); })
 #define _mm512_cvtepu32_ps(a) emulated::each<__m512, float, uint32_t>(a, [](uint32_t x) { return float(x); })
-#define _mm512_cvtps_epi32(a) emulated::each<__m512i, int32_t, float>(a, [](float x) { return int32_t(std::nearbyint(x)); })
+#define _mm512_cvtps_epi32(a) emulated::each<__m512i, int32_t, float>(a, [](float x) { return int(std::nearbyint(x)); })
 #define _mm512_cvtph_ps(a) emulated::each<__m512, float, uint16_t>(a, [](uint16_t x) { return _cvtsh_ss(x); })
 #define _mm512_srai_epi32(a, by) emulated::each<__m512i, int32_t, int32_t>(a, [](int32_t x) { return x >> (by); })
 #define _mm512_reduce_add_ps(a) emulated::fold(a, [](float x, float y) { return x + y; })

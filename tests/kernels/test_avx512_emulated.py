@@ -172,22 +172,3 @@ def test_many_rows_are_multiplied_in_bfloat16(
     assert worst.median() < 1e-3 * rounding
     assert worst.max() < rounding
     assert (found - exact)[-steps[-1] :].abs().max() < (1e-4 if kind in ("BF16", "F16") else 0.1) * exact.std()
-
-
-def test_new_weights_at_an_old_address_are_unpacked_again(
-    libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(native.VARIABLE, str(libraries["amx"]))
-    model = model_of(FLOAT_SHAPE, torch.bfloat16)
-    runner = NativeRunner(model.config, {k: p.bfloat16() for k, p in model.named_parameters()}, threads=2)
-    ids = torch.arange(40)[:, None]
-    before = run(runner, ids, [40])
-    for matrix in runner._matrices[1:]:
-        matrix.data[1::2] ^= 0x80  # the sign of every weight but the embeddings'
-    after = run(runner, ids, [40])
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.neg_()
-        in_bfloat16(model)
-        assert (after - model(ids)[:, 0]).abs().median() < 0.1 * (after - before).abs().median()

@@ -81,9 +81,11 @@ PREAMBLE = """
 import sys, threading, time, torch
 from danlu.models.causal_lm import CausalLM
 from danlu.models.config import model_config_for
-from danlu.models.load import load_model
+from danlu.models.load import load_model, read_config
 from danlu.engine.config import SamplingParams
-from danlu.engine.generate import generate_tokens
+from danlu.engine.engine import Engine
+from danlu.engine.engine_config import EngineConfig
+from danlu.engine.native_runner import NativeRunner, why_not
 from danlu.objectives.causal_lm import next_token_nll_sum
 from danlu.hardware import peak_memory_bytes
 (torch.randn(512, 512) @ torch.randn(512, 512)).sum().item()
@@ -110,9 +112,11 @@ report()
 """
 
 GENERATE = """
-model = load_model(sys.argv[1])
 prompt = [i % 8192 for i in range(int(sys.argv[2]))]
-list(generate_tokens(model, prompt, SamplingParams(max_new_tokens=4, temperature=0)))
+config = EngineConfig(max_running=1, context=len(prompt) + 4)
+engine = Engine(NativeRunner.open(sys.argv[1]) if why_not(read_config(sys.argv[1])) is None
+                else load_model(sys.argv[1]), config)
+engine.generate([prompt], SamplingParams(max_new_tokens=4, temperature=0))
 report()
 """
 

@@ -101,6 +101,5 @@ def _engine(
     longest = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=False))
     answers = sum(p.best_of or p.beams for p in params)
     running = max(min(batch_size, answers), *(p.beams for p in params))
-    # The native kernels pack a copy of the weights, which does not pay for one call.
-    config = EngineConfig(max_running=running, step_tokens=max(STEP_TOKENS, running), context=longest, kernels="torch")
+    config = EngineConfig(max_running=running, step_tokens=max(STEP_TOKENS, running), context=longest)
     return Engine(model, config, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from danlu.engine.batch import Batch, kv_groups
-from danlu.engine.packed import Matrix, pack
+from danlu.engine.packed import Arena, Matrix, huge_pages, pack
 from danlu.errors import DanluError
 from danlu.formats.gguf_blocks import PackedTensor, dequantize
 from danlu.kernels import native
@@ -150,10 +151,10 @@ class NativeRunner:
 
     def allocate(self, n_blocks: Sequence[int]) -> None:
         width = self.config.n_kv_heads * self._head_bytes()
-        # Zero pages cost nothing until they are written.
+        shapes = [(n, len(group.layers), width) for group, n in zip(self.groups, n_blocks, strict=True)]
         self._caches = [
-            (np.zeros((len(group.layers), n, width), np.uint8), np.zeros((len(group.layers), n, width), np.uint8))
-            for group, n in zip(self.groups, n_blocks, strict=True)
+            (huge_pages(math.prod(shape)).reshape(shape), huge_pages(math.prod(shape)).reshape(shape))
+            for shape in shapes
         ]
         self._cache_structs = (native.Cache * len(self.groups))(
             *(native.Cache(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in self._caches)
@@ -162,7 +163,7 @@ class NativeRunner:
     def copy_blocks(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         for stored in self._caches[group]:
             for source, target in pairs:
-                stored[:, target] = stored[:, source]
+                stored[target] = stored[source]
 
     def run(self, batch: Batch) -> Tensor:
         logits = torch.empty(len(batch.logits_at), self.config.vocab_size)
@@ -209,6 +210,7 @@ class NativeRunner:
     def _build(self, weights: Weights) -> None:
         config = self.config
         self._matrices: list[Matrix] = []
+        self._arena = Arena()
         self._vectors: list[Floats] = []
         head = "embed" if config.tie_embeddings else "head"
         embed = self._matrix(weights, "embed")
@@ -253,7 +255,7 @@ class NativeRunner:
         return layer
 
     def _matrix(self, weights: Weights, name: str, bias_of: str | None = None) -> native.Weight:
-        matrix = pack(weights[f"{name}.weight"], self._blocks)
+        matrix = pack(weights[f"{name}.weight"], self._arena, self._blocks)
         self._matrices.append(matrix)
         bias = self._array(weights, f"{bias_of or name}.bias")
         return matrix.as_weight(bias)

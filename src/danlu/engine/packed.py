@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor
 
 from danlu.formats.gguf_blocks import BLOCKS, PackedTensor, dequantize, quantize
+from danlu.formats.mapped import forget
 from danlu.kernels import native
 
 REPACKED = "Q8_0"
 """What block types without a kernel of their own are turned into, once, as the model is opened."""
+
+Bytes = npt.NDArray[np.uint8]
 
 _ALIGNMENT = 64
 _FLOATS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -27,7 +32,7 @@ class Matrix:
     kind: str
     n: int
     k: int
-    data: npt.NDArray[np.uint8]
+    data: Bytes
 
     @property
     def n_bytes(self) -> int:
@@ -39,10 +44,11 @@ class Matrix:
         return native.Weight(self.data.ctypes.data, None if bias is None else bias.ctypes.data, kind, self.n, self.k)
 
 
-def pack(weight: Tensor | PackedTensor, blocks: str | None = None) -> Matrix:
+def pack(weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None) -> Matrix:
     """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`.
 
     Args:
+        arena: where it is put.
         blocks: what float matrices are turned into, where their rows are whole blocks; default: kept.
     """
     library = native.library()
@@ -60,13 +66,36 @@ def pack(weight: Tensor | PackedTensor, blocks: str | None = None) -> Matrix:
     n, k = weight.shape
     elements, n_bytes = BLOCKS[kind]
     size = -(-n // native.TILE) * native.TILE * (k // elements * n_bytes)
-    data = _aligned(size)
-    rows = rows.contiguous()
-    library.danlu_pack(native.WEIGHT_KINDS.index(kind), rows.data_ptr(), n, k, ctypes.c_void_p(data.ctypes.data))
+    data = arena.take(size)
+    own = rows.contiguous()
+    library.danlu_pack(native.WEIGHT_KINDS.index(kind), own.data_ptr(), n, k, ctypes.c_void_p(data.ctypes.data))
+    forget(rows)
     return Matrix(kind, n, k, data)
 
 
-def _aligned(size: int) -> npt.NDArray[np.uint8]:
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size]
+class Arena:
+    """Room for many matrices in few large mappings."""
+
+    CHUNK = 16 << 20
+
+    def __init__(self) -> None:
+        self._free = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Bytes:
+        """``size`` bytes at an address that is a multiple of 64."""
+        whole = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if whole > len(self._free):
+            self._free = huge_pages(max(whole, self.CHUNK))
+        taken, self._free = self._free[:size], self._free[whole:]
+        return taken
+
+
+def huge_pages(size: int) -> Bytes:
+    """Zeroed memory that costs nothing until it is written, in pages of 2 MiB where the system has them: a step touches
+    all weights and caches once, and looking up small pages takes as long as reading them."""
+    if size == 0:
+        return np.empty(0, np.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # kernels without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
 import stat
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 _MAP_NORESERVE = 0x4000
 """Linux's flag, which Python's mmap does not name: without it a writable private mapping counts as memory promised, and
 a file larger than RAM cannot be mapped."""
+
+_MAPS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
+"""Address -> the mapping that begins there."""
 
 
 def map_file(path: str | Path) -> mmap.mmap:
@@ -33,9 +38,25 @@ def map_file(path: str | Path) -> mmap.mmap:
             raise DanluError(f"{path}: is empty; fetch or make it again")
         with open(path, "rb") as file:
             access = mmap.PROT_READ | mmap.PROT_WRITE
-            return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=access)
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=access)
     except OSError as error:
         raise DanluError(f"{path}: cannot be read ({error.strerror or error})") from error
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+    _MAPS[address] = mapped
+    return mapped
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Give back the memory of a tensor that lies in a mapped file and was not written to: the next look reads the file.
+    Other tensors are left alone."""
+    begin = tensor.data_ptr()
+    end = begin + tensor.numel() * tensor.element_size()
+    for address, mapped in list(_MAPS.items()):
+        if address <= begin and end <= address + len(mapped) and tensor.is_contiguous():
+            first = -(-(begin - address) // mmap.PAGESIZE) * mmap.PAGESIZE  # its neighbours share the outer pages
+            last = (end - address) // mmap.PAGESIZE * mmap.PAGESIZE
+            if last > first:
+                mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def view(mapped: mmap.mmap, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

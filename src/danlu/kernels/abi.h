@@ -35,11 +35,11 @@ struct Model {
     float norm_eps, attention_softcap, logit_softcap, embed_scale, head_scale;  // a cap of 0: none
 };
 
-// The cache of one group of layers: (layers, blocks, kv heads, block). Keys of a block lie by dimension, (head_dim, 16),
+// The cache of one group of layers: (blocks, layers, kv heads, block), so that what is used lies together. Keys of a block lie by dimension, (head_dim, 16),
 // values by token, (16, head_dim). In int8 each block is followed by its 16 scales, fp32.
 struct Cache {
     uint8_t *keys, *values;
-    int64_t n_blocks;
+    int64_t n_layers;
 };
 
 // danlu/engine/batch.py. cos and sin: one (tokens, rotated / 2) array a rope.

@@ -88,6 +88,7 @@ inline void unpack_codes(const uint8_t* tile, int k, TileRow* to) {
 // The tiles that a thread unpacked last: those of one item of work, which all rows come to in turn.
 class UnpackedTiles {
   public:
+    // At each step: other matrices may have come to lie where these lay.
     void forget() {
         for (Kept& kept : kept_) kept.tile = nullptr;
     }

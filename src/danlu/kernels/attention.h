@@ -77,6 +77,8 @@ inline void attend(const Heads& heads, const int* positions, int rows, int begin
     constexpr int AHEAD = 3;  // blocks lie anywhere in memory: no hardware foresees the next one
     const size_t block_bytes = cache_block_bytes<T>(dim);
     const int first = first_key(heads, positions[0]), past = positions[rows - 1] + 1;
+    for (int b = 0, at = first + begin * KEYS; b < AHEAD && at < past; b++, at += TILE)
+        fetch(heads.keys + heads.table[at / TILE] * heads.stride, block_bytes);
     for (int start = first + begin * KEYS; start < std::min(past, first + end * KEYS); start += KEYS) {
         int n_keys = std::min(KEYS, past - start), n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
         for (int b = 0; b < n_blocks; b++) {

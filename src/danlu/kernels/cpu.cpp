@@ -1,4 +1,4 @@
-// Whether this CPU, and the system on it, have the instruction set that this library is for. Compiled without its flags.
+// Whether this CPU, and the system on it, have the instruction set that this library is for; compiled without it.
 #if defined(DANLU_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>

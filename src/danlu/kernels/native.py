@@ -57,7 +57,7 @@ class Model(Structure):
 
 
 class Cache(Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("n_blocks", c_int64)]
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("n_layers", c_int64)]
 
 
 class Batch(Structure):

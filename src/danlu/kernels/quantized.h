@@ -106,11 +106,18 @@ struct Half {
     }
 };
 
+// Weights are read once, faster than the hardware looks ahead: tiles follow each other across pages.
+inline void fetch_ahead(const uint8_t* tile, size_t n_bytes) {
+    constexpr size_t AHEAD = 4096;  // measured: 1, 2 and 8 KiB are slower, none is slowest
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char*)tile + AHEAD + i, _MM_HINT_T0);
+}
+
 template <int KIND>
 inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
     if (rows == 1) {
         Vec acc[2] = {set1(0), set1(0)};
         for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
+            fetch_ahead(tiles, tile_bytes(KIND));
             size_t at = size_t(b) * x.rows + row0;
             Vec scale = set1(x.scales[at]), total = set1(x.sums[at]);
             for (int half = 0; half < 2; half++) {
@@ -125,6 +132,7 @@ inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int 
     }
     std::memset(out, 0, sizeof(float) * TILE * rows);
     for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
+        fetch_ahead(tiles, tile_bytes(KIND));
         size_t at = size_t(b) * x.rows + row0;
         for (int half = 0; half < 2; half++) {
             Half<KIND> w(tiles, half);

@@ -1,6 +1,6 @@
-// The products of quantized.h with AVX512-VNNI. vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds the products,
-// by fours, to 16 sums. The weights are the unsigned bytes, so that the activations can be an operand that is broadcast
-// from memory; 8-bit weights become unsigned by adding 128, and their minimum is then -128 d.
+// The products of quantized.h with AVX512-VNNI. vpdpbusd multiplies 64 unsigned by 64 signed bytes and adds the
+// products, by fours, to 16 sums. The weights are the unsigned bytes, so that the activations can be an operand that is
+// broadcast from memory; 8-bit weights become unsigned by adding 128, and their minimum is then -128 d.
 #pragma once
 #include "abi.h"
 #include "simd.h"
@@ -57,7 +57,7 @@ inline void few_rows(const uint8_t* tiles, int k, const Quantized& x, int row0, 
     for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
         const Codes<KIND, true> w(tiles);
         size_t at = size_t(b) * x.rows + row0;
-        for (int m = 0; m < M; m++) acc[m] = w.add(acc[m], x.codes + (at + m) * BLOCK, x.scales[at + m], x.sums[at + m]);
+        for (int m = 0; m < M; m++, at++) acc[m] = w.add(acc[m], x.codes + at * BLOCK, x.scales[at], x.sums[at]);
     }
     for (int m = 0; m < M; m++) store(out + m * WIDE, acc[m]);
 }

@@ -214,15 +214,16 @@ class Step {
 #ifdef __AMX_BF16__
         if (n >= AMX_ROWS && w.kind != F32) {
             const size_t bytes = matrix_tile_bytes(w);
-            const TileRow* unpacked_tiles[SPAN] = {};
-            for (int t = first; t < end; t++) unpacked_tiles[t - first] = unpacked().get(w.kind, w.k, w.data + t * bytes);
-            tile_products(rounded_row(row0, w.k), unpacked_tiles[0], unpacked_tiles[1], w.k, rows, out);
+            const TileRow* ready[SPAN] = {};
+            for (int t = first; t < end; t++) ready[t - first] = unpacked().get(w.kind, w.k, w.data + t * bytes);
+            tile_products(rounded_row(row0, w.k), ready[0], ready[1], w.k, rows, out);
         } else
 #endif
             for (int t = first; t < end; t++) tile_product(w, t, n, row0, rows, out + (t - first) * TILE);
         if (w.bias)
             for (int m = 0; m < rows; m++)
-                for (int c = 0; c < std::min(WIDE, w.n - span * WIDE); c++) out[m * WIDE + c] += w.bias[span * WIDE + c];
+                for (int c = 0; c < std::min(WIDE, w.n - span * WIDE); c++)
+                    out[m * WIDE + c] += w.bias[span * WIDE + c];
     }
 
     static int tiles(const Weight& w) { return (w.n + TILE - 1) / TILE; }
@@ -302,7 +303,7 @@ class Step {
     }
 
     size_t cache_offset(const Layer& layer, const Cache& cache, int64_t block, int head) const {
-        return ((layer.layer_in_group * cache.n_blocks + block) * model_.n_kv_heads + head) * block_bytes_;
+        return ((block * cache.n_layers + layer.layer_in_group) * model_.n_kv_heads + head) * block_bytes_;
     }
 
     // Where there are few pieces of work the keys are split too, and the parts are joined by join().
@@ -324,7 +325,7 @@ class Step {
                     for (int d = 0; d < dim; d++) query[d] = q[d] * layer.scale;
                 }
             size_t base = cache_offset(layer, cache, 0, kv_head);
-            Heads heads{cache.keys + base, cache.values + base, model_.n_kv_heads * block_bytes_,
+            Heads heads{cache.keys + base, cache.values + base, cache.n_layers * model_.n_kv_heads * block_bytes_,
                         batch_->tables[layer.group] + size_t(piece.sequence) * batch_->table_widths[layer.group],
                         dim, layer.window, model_.attention_softcap};
             const int n_keys = positions[n_rows - 1] + 1 - first_key(heads, positions[0]);
