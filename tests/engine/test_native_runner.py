@@ -114,6 +114,30 @@ def test_cache_dtypes(family: str, kv_dtype: str) -> None:
     assert 0.8 < found / expected < 1.25
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("family", ["llama", "gemma 3"])
+def test_a_token_is_computed_alike_whatever_else_runs(family: str, kind: str) -> None:
+    """To the bit: one row or many, few pieces of work (whose keys are split) or enough, any piece of a prompt."""
+    model = decoder(
+        {**options(family), "dim": 128, "ffn_dim": 160, "context": 512, "window": 150 if family == "gemma 3" else None}
+    )
+    weights: dict[str, Any] = dict(model.named_parameters())
+    for name, value in weights.items():
+        if kind != "F32" and value.ndim == 2:
+            weights[name] = PackedTensor(kind, tuple(value.shape), quantize(value.detach(), kind))
+    found = []
+    for seed, lengths in ((0, [330]), (1, [330, 300, 280, 310, 200, 100, 50]), (2, [330, 20])):
+        sequences = NativeSequences(model, lengths, weights=weights, kv_dtype="bf16")
+        sequences.ids[0] = torch.arange(330) % VOCAB
+        sequences.random.seed(seed)
+        found.append(sequences.play()[0])
+    together = NativeSequences(model, [330], weights=weights, kv_dtype="bf16")
+    together.ids[0] = torch.arange(330) % VOCAB
+    found += together.advance([(0, 330)])
+    for logits in found[1:]:
+        assert torch.equal(found[0], logits)
+
+
 def test_hidden_states_and_copies() -> None:
     model = decoder(options("llama"))
     sequences = NativeSequences(model, [20, 20], kv_dtype="fp32")

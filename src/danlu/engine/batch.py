@@ -68,6 +68,8 @@ class Batch:
             :data:`FREED`.
         logits_at: places in ``ids_t`` whose logits are wanted.
         rope_lengths_s: tokens each sequence may grow to, for rotary scalings that depend on the length.
+        prompt_from: tokens before this place continue answers, the others read prompts. A runner may compute the two
+            in different ways, but each token always in the same way, whatever else is in the batch.
         sources: what the encoder reads for each sequence; of encoder-decoders only.
     """
 
@@ -77,6 +79,7 @@ class Batch:
     tables: tuple[Ints, ...]
     logits_at: Ints
     rope_lengths_s: Ints
+    prompt_from: int = 0
     adapters: tuple[str | None, ...] = field(default=())
     sources: tuple[Source, ...] = field(default=())
 

@@ -303,6 +303,12 @@ class BlockManager:
         table.prefix.users -= 1
         self._forget(table.prefix)
 
+    def forget_prefixes(self) -> None:
+        """Begin anew: what is cached belongs to weights that are gone. No table may be open."""
+        assert all(pool.n_free == pool.n_blocks for pool in self.pools)
+        self.pools = [BlockPool(pool.n_blocks) for pool in self.pools]
+        self._nodes.clear()
+
     def check(self, tables: Iterable[BlockTable]) -> None:
         """Compare all accounts with the tables in use. Raises AssertionError where they disagree."""
         tables = list(tables)

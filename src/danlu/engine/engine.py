@@ -29,10 +29,12 @@ from danlu.engine.engine_config import EngineConfig
 from danlu.engine.grammar import Grammar
 from danlu.engine.kv_memory import blocks_that_fit, longest_that_fits, most_blocks, rope_key
 from danlu.engine.logit_rules import SequenceSampler
+from danlu.engine.native_runner import NativeRunner
 from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, prompt_ids
 from danlu.engine.request import Sequence as Line
 from danlu.engine.runners import open_draft_model, open_runner
 from danlu.engine.scheduler import Plan, Scheduler, batch_of
+from danlu.engine.torch_runner import TorchRunner
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -67,7 +69,8 @@ class Engine:
     """Answers requests. One thread may use it at a time.
 
     Args:
-        model: a model folder or GGUF file; a model in memory, whose weights are read anew in each step; or a runner.
+        model: a model folder, a GGUF file or a name that `danlu pull` knows; a model in memory, whose weights are taken
+            as they are now (:meth:`update`); or a runner.
         tokenizer: for a model in memory. Without one, prompts are token ids and answers have no text.
 
     Raises:
@@ -412,6 +415,21 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def update(self, model: CausalLM) -> None:
+        """Take the model's weights as they are now: between the steps of a trainer that samples from it. What was
+        cached for the old ones is forgotten.
+
+        Raises:
+            DanluError: requests are running; their caches belong to the old weights.
+        """
+        if self._answers.requests:
+            raise DanluError("update: requests are running; let them end, or abort them, before the weights change")
+        if isinstance(self.runner, NativeRunner):
+            self.runner.update(dict(model.named_parameters()))
+        elif isinstance(self.runner, TorchRunner):
+            self.runner.model = model
+        self._scheduler.blocks.forget_prefixes()
 
     def check(self) -> None:
         """Compare the accounts of all blocks with the tables of all requests.

@@ -58,7 +58,9 @@ def why_not(config: ModelConfig) -> str | None:
         "positions in the scores": config.alibi is not None or config.relative_buckets > 0,
         "learned positions": config.learned_positions,
         "attention in both directions": not config.causal or config.cross_attention or config.token_types > 0,
-        f"heads of {config.head_dim}, no multiple of {native.TILE}": config.head_dim % native.TILE > 0,
+        f"heads of {config.head_dim}, no multiple of {native.TILE} up to {native.MOST_HEAD_DIM}": (
+            config.head_dim % native.TILE > 0 or config.head_dim > native.MOST_HEAD_DIM
+        ),
         f"{config.n_heads // config.n_kv_heads} query heads a key head": config.n_heads // config.n_kv_heads > 256,
     }
     found = [what for what, is_so in missing.items() if is_so]
@@ -183,6 +185,7 @@ class NativeRunner:
             n_tokens=len(batch.ids_t),
             n_sequences=batch.n_sequences,
             n_rows=len(batch.logits_at),
+            prompt_from=batch.prompt_from,
             ids=batch.ids_t.ctypes.data,
             positions=batch.positions_t.ctypes.data,
             starts=batch.starts_s.ctypes.data,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from danlu.formats.gguf_blocks import BLOCKS, PackedTensor, dequantize, quantize
-from danlu.formats.mapped import forget
+from danlu.formats.mapped import MAP_NORESERVE, forget
 from danlu.kernels import native
 
 REPACKED = "Q8_0"
@@ -95,7 +95,7 @@ def huge_pages(size: int) -> Bytes:
     all weights and caches once, and looking up small pages takes as long as reading them."""
     if size == 0:
         return np.empty(0, np.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     with contextlib.suppress(OSError):  # kernels without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)

@@ -14,6 +14,7 @@ from danlu.engine.native_runner import NativeRunner, why_not
 from danlu.engine.torch_runner import TorchRunner
 from danlu.errors import DanluError
 from danlu.hardware import DTYPES, pick_device, pick_precision
+from danlu.hub.pull import model_path
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model, read_config
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -25,13 +26,14 @@ def open_runner(
     """What runs a model, and its tokenizer where there is one.
 
     Args:
-        model: a model folder or GGUF file, a model in memory, or a runner, which is taken as it is.
+        model: a model folder, a GGUF file, a name that `danlu pull` knows, a model in memory, or a runner, which is
+            taken as it is.
 
     Raises:
         DanluError: the model cannot be opened.
     """
     if isinstance(model, str | Path):
-        path = Path(model)
+        path = model_path(model)
         runner = _native(path, config) or _on_torch(_load(path, config), config)
         return runner, tokenizer or Tokenizer.load(path)
     if isinstance(model, CausalLM):

@@ -270,6 +270,7 @@ def batch_of(pieces: Items[Piece]) -> Batch:
     starts = [0]
     logits_at: list[int] = []
     places: list[BlockTable] = []
+    prompt_from = 0
     for piece in pieces:
         line, first = piece.sequence, piece.sequence.n_computed
         end = first + piece.n
@@ -284,6 +285,8 @@ def batch_of(pieces: Items[Piece]) -> Batch:
             positions += range(first, end)
         assert line.table is not None
         places.append(line.table)
+        if first >= len(line.request.prompt_ids):
+            prompt_from = len(ids)
         starts.append(len(ids))
         logits_at += range(len(ids) - piece.n_rows, len(ids))
     tables = []
@@ -300,5 +303,6 @@ def batch_of(pieces: Items[Piece]) -> Batch:
         tuple(tables),
         np.array(logits_at, dtype=np.int32),
         np.array([piece.sequence.request.max_len for piece in pieces], dtype=np.int32),
+        prompt_from,
         tuple(piece.sequence.request.adapter for piece in pieces),
     )

@@ -16,7 +16,7 @@ from danlu.errors import DanluError
 if TYPE_CHECKING:
     import torch
 
-_MAP_NORESERVE = 0x4000
+MAP_NORESERVE = 0x4000
 """Linux's flag, which Python's mmap does not name: without it a writable private mapping counts as memory promised, and
 a file larger than RAM cannot be mapped."""
 
@@ -38,7 +38,7 @@ def map_file(path: str | Path) -> mmap.mmap:
             raise DanluError(f"{path}: is empty; fetch or make it again")
         with open(path, "rb") as file:
             access = mmap.PROT_READ | mmap.PROT_WRITE
-            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _MAP_NORESERVE, prot=access)
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=access)
     except OSError as error:
         raise DanluError(f"{path}: cannot be read ({error.strerror or error})") from error
     address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))

@@ -42,9 +42,9 @@ struct Cache {
     int64_t n_layers;
 };
 
-// danlu/engine/batch.py. cos and sin: one (tokens, rotated / 2) array a rope.
+// danlu/engine/batch.py. Tokens before prompt_from continue answers. cos and sin: one (tokens, rotated / 2) array a rope.
 struct Batch {
-    int32_t n_tokens, n_sequences, n_rows;
+    int32_t n_tokens, n_sequences, n_rows, prompt_from;
     const int32_t *ids, *positions, *starts, *rows;
     const int32_t* const* tables;
     const int32_t* table_widths;

@@ -1,6 +1,7 @@
 // Products of many rows in bfloat16 with AMX: C (16, 16) += A (16, 32) B (32, 16) is one instruction on tile registers.
 // A are rows of activations, rounded once for all the products they enter. B are 16 outputs, two inputs of each side by
-// side, unpacked from however they are stored.
+// side, unpacked from however they are stored. Prompts are read so; answers are continued with 8-bit products, however
+// many there are, so that no token depends on what else is in a step.
 #pragma once
 #include <optional>
 #include <vector>
@@ -8,8 +9,6 @@
 #include "abi.h"
 #include "quantized.h"
 #include "simd.h"
-
-constexpr int AMX_ROWS = 32;  // fewer rows do not repay the unpacking
 
 struct alignas(64) TileRow {  // 32 inputs of a row, or two inputs of 16 outputs
     uint32_t pairs[16];

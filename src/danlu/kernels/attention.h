@@ -51,98 +51,100 @@ inline void fetch(const uint8_t* from, size_t n_bytes) {
     for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char*)from + i, _MM_HINT_T0);
 }
 
-// The first key that a query at this place sees, down to a whole block.
-inline int first_key(const Heads& heads, int position) {
-    return heads.window ? std::max(0, position - heads.window + 1) / TILE * TILE : 0;
+// Chunks of KEYS that a query at this place sees, as [first, last]. Chunks begin at multiples of KEYS, and are summed one
+// by one and added up in order: the result does not depend on what shares a piece of work, or on how many there are.
+inline int first_chunk(const Heads& heads, int position) {
+    return heads.window ? std::max(0, position - heads.window + 1) / KEYS : 0;
 }
+inline int last_chunk(int position) { return position / KEYS; }
 
 struct AttentionScratch {
-    std::vector<float> queries, scores, out, most, total;
+    std::vector<float> queries, scores, out, most, total;  // of one chunk
+    std::vector<float> all_out, all_most, all_total;       // of those so far
+
     void fit(int rows, int head_dim) {
-        if (int(most.size()) < rows) most.resize(rows), total.resize(rows), scores.resize(size_t(rows) * KEYS);
-        if (queries.size() < size_t(rows) * head_dim) queries.resize(size_t(rows) * head_dim), out.resize(size_t(rows) * head_dim);
+        const size_t values = size_t(rows) * head_dim;
+        for (auto* each : {&most, &total, &all_most, &all_total}) grow(*each, rows);
+        for (auto* each : {&queries, &out, &all_out}) grow(*each, values);
+        grow(scores, size_t(rows) * KEYS);
+    }
+
+    void clear(int rows, int head_dim) {
+        std::fill_n(all_most.data(), rows, -INFINITY);
+        std::fill_n(all_total.data(), rows, 0.0f);
+        std::fill_n(all_out.data(), size_t(rows) * head_dim, 0.0f);
+    }
+
+  private:
+    static void grow(std::vector<float>& buffer, size_t n) {
+        if (buffer.size() < n) buffer.resize(n);
     }
 };
 
+// Scores of 16 keys, or weights of 16 values, times the scale that each of them is stored with.
+inline void times_scales(const float* scales, int rows, float* scores) {
+    for (int m = 0; m < rows; m++, scores += KEYS)
+        for (int v = 0; v < TILE; v += W) store(scores + v, load(scores + v) * load(scales + v));
+}
+
+// Adds what a chunk gave for a row to what those before it gave: sums of values and of weights, both divided by e^most.
+inline void absorb(float& most, float& total, float* out, float chunk_most, float chunk_total, const float* chunk, int dim) {
+    if (chunk_most == -INFINITY) return;  // nothing to see among these keys
+    const float greatest = std::max(most, chunk_most);
+    const float before = std::exp(most - greatest), now = std::exp(chunk_most - greatest);
+    total = total * before + chunk_total * now;
+    for (int d = 0; d < dim; d += W) store(out + d, fma(set1(now), load(chunk + d), set1(before) * load(out + d)));
+    most = greatest;
+}
+
 // The queries, scaled and turned, are in scratch.queries, (rows, head_dim); positions[m] is the place of row m,
-// ascending. Looks at the keys of chunks [begin, end) of KEYS each, from first_key() on, and leaves in scratch the sums
-// `out`, (rows, head_dim), and `total` of each row, both divided by e^most.
+// ascending. Leaves in scratch what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
 template <class T>
-inline void attend(const Heads& heads, const int* positions, int rows, int begin, int end, AttentionScratch& scratch) {
-    const int dim = heads.head_dim;
+inline void attend(const Heads& heads, const int* positions, int rows, int chunk, AttentionScratch& scratch) {
+    constexpr int AHEAD = 3;  // blocks lie anywhere in memory: no hardware foresees the next one
+    const int dim = heads.head_dim, start = chunk * KEYS;
+    const size_t block_bytes = cache_block_bytes<T>(dim);
     float *scores = scratch.scores.data(), *out = scratch.out.data();
     std::fill_n(out, size_t(rows) * dim, 0.0f);
-    std::fill_n(scratch.most.data(), rows, -INFINITY);
-    std::fill_n(scratch.total.data(), rows, 0.0f);
-    constexpr int AHEAD = 3;  // blocks lie anywhere in memory: no hardware foresees the next one
-    const size_t block_bytes = cache_block_bytes<T>(dim);
-    const int first = first_key(heads, positions[0]), past = positions[rows - 1] + 1;
-    for (int b = 0, at = first + begin * KEYS; b < AHEAD && at < past; b++, at += TILE)
-        fetch(heads.keys + heads.table[at / TILE] * heads.stride, block_bytes);
-    for (int start = first + begin * KEYS; start < std::min(past, first + end * KEYS); start += KEYS) {
-        int n_keys = std::min(KEYS, past - start), n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
-        for (int b = 0; b < n_blocks; b++) {
-            const int32_t* at = heads.table + start / TILE + b;
-            const uint8_t* block = heads.keys + *at * heads.stride;
-            if (start + (b + AHEAD) * TILE < past) fetch(heads.keys + at[AHEAD] * heads.stride, block_bytes);
-            fetch(heads.values + *at * heads.stride, block_bytes);
-            by_16(scratch.queries.data(), dim, rows, (const T*)block, TILE, dim, scores + b * TILE, KEYS, false);
-            if (sizeof(T) == 1) {
-                const float* scales = (const float*)(block + size_t(TILE) * dim);
-                for (int m = 0; m < rows; m++)
-                    for (int v = 0; v < TILE; v += W) {
-                        float* s = scores + m * KEYS + b * TILE + v;
-                        store(s, load(s) * load(scales + v));
-                    }
-            }
+    const int n_keys = std::min(KEYS, positions[rows - 1] + 1 - start);
+    const int n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
+    // Blocks before all windows may be gone.
+    const int first = heads.window ? std::max(0, (positions[0] - heads.window + 1 - start) / TILE) : 0;
+    const int32_t* table = heads.table + start / TILE;
+    for (int b = first; b < std::min(first + AHEAD, n_blocks); b++) fetch(heads.keys + table[b] * heads.stride, block_bytes);
+    for (int b = first; b < n_blocks; b++) {
+        const uint8_t* block = heads.keys + table[b] * heads.stride;
+        if (b + AHEAD < n_blocks) fetch(heads.keys + table[b + AHEAD] * heads.stride, block_bytes);
+        fetch(heads.values + table[b] * heads.stride, block_bytes);
+        by_16(scratch.queries.data(), dim, rows, (const T*)block, TILE, dim, scores + b * TILE, KEYS, false);
+        if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
+    }
+    for (int m = 0; m < rows; m++) {
+        float* s = scores + m * KEYS;
+        if (heads.softcap > 0)
+            for (int i = first * TILE; i < n; i += W)
+                store(s + i, set1(heads.softcap) * tanh(load(s + i) * set1(1 / heads.softcap)));
+        const int from = heads.window ? std::clamp(positions[m] - heads.window + 1 - start, 0, n) : 0;
+        const int to = std::clamp(positions[m] + 1 - start, 0, n);
+        for (int i = 0; i < from; i++) s[i] = -INFINITY;
+        for (int i = to; i < n; i++) s[i] = -INFINITY;
+        Vec greatest_v = load(s);
+        for (int i = W; i < n; i += W) greatest_v = max(greatest_v, load(s + i));
+        const float most = scratch.most[m] = greatest(greatest_v);
+        Vec total = set1(0);
+        for (int i = 0; i < n; i += W) {
+            Vec x = load(s + i);
+            Vec e = most == -INFINITY ? set1(0) : unless_infinite(x, exp(x - set1(most)));
+            total = total + e;
+            store(s + i, e);
         }
-        for (int m = 0; m < rows; m++) {
-            float* s = scores + m * KEYS;
-            if (heads.softcap > 0)
-                for (int i = 0; i < n; i += W)
-                    store(s + i, set1(heads.softcap) * tanh(load(s + i) * set1(1 / heads.softcap)));
-            int from = heads.window ? std::max(0, positions[m] - heads.window + 1 - start) : 0;
-            int to = std::min(n, positions[m] + 1 - start);
-            for (int i = 0; i < std::min(from, n); i++) s[i] = -INFINITY;
-            for (int i = std::max(to, 0); i < n; i++) s[i] = -INFINITY;
-            Vec greatest_v = load(s);
-            for (int i = W; i < n; i += W) greatest_v = max(greatest_v, load(s + i));
-            float most = std::max(scratch.most[m], greatest(greatest_v));
-            if (most == -INFINITY) {  // nothing to see among these keys
-                std::fill_n(s, n, 0.0f);
-                continue;
-            }
-            float shrink = std::exp(scratch.most[m] - most);
-            Vec total = set1(0);
-            for (int i = 0; i < n; i += W) {
-                Vec x = load(s + i);
-                Vec e = exp(x - set1(most));
-#ifdef __AVX512F__
-                e = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-INFINITY), _CMP_NEQ_UQ), e);
-#else
-                e = _mm256_and_ps(_mm256_cmp_ps(x, set1(-INFINITY), _CMP_NEQ_UQ), e);
-#endif
-                total = total + e;
-                store(s + i, e);
-            }
-            scratch.total[m] = scratch.total[m] * shrink + sum(total);
-            scratch.most[m] = most;
-            if (shrink != 1.0f)
-                for (int i = 0; i < dim; i += W) store(out + m * dim + i, load(out + m * dim + i) * set1(shrink));
-        }
-        for (int b = 0; b < n_blocks; b++) {
-            const uint8_t* block = heads.values + heads.table[start / TILE + b] * heads.stride;
-            if (sizeof(T) == 1) {
-                const float* scales = (const float*)(block + size_t(TILE) * dim);
-                for (int m = 0; m < rows; m++)
-                    for (int v = 0; v < TILE; v += W) {
-                        float* s = scores + m * KEYS + b * TILE + v;
-                        store(s, load(s) * load(scales + v));
-                    }
-            }
-            int filled = std::min(TILE, n_keys - b * TILE);  // the rest of a block is whatever it held before
-            for (int d = 0; d < dim; d += TILE)
-                by_16(scores + b * TILE, KEYS, rows, (const T*)block + d, dim, filled, out + d, dim, true);
-        }
+        scratch.total[m] = sum(total);
+    }
+    for (int b = first; b < n_blocks; b++) {
+        const uint8_t* block = heads.values + table[b] * heads.stride;
+        if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
+        int filled = std::min(TILE, n_keys - b * TILE);  // the rest of a block is whatever it held before
+        for (int d = 0; d < dim; d += TILE)
+            by_16(scores + b * TILE, KEYS, rows, (const T*)block + d, dim, filled, out + d, dim, true);
     }
 }

@@ -19,6 +19,7 @@ VARIABLE = "DANLU_KERNELS"
 that was built in another way."""
 
 TILE = 16
+MOST_HEAD_DIM = 1024
 BLOCK = 32
 WEIGHT_KINDS = ("F32", "BF16", "F16", "Q8_0", "Q4_0", "Q4_1")
 CACHE_KINDS = ("fp32", "bf16", "int8")
@@ -62,7 +63,7 @@ class Cache(Structure):
 
 class Batch(Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("n_tokens", "n_sequences", "n_rows")),
+        *((name, c_int32) for name in ("n_tokens", "n_sequences", "n_rows", "prompt_from")),
         *((name, c_void_p) for name in ("ids", "positions", "starts", "rows")),
         ("tables", POINTER(c_void_p)),
         ("table_widths", c_void_p),

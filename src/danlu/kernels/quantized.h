@@ -122,7 +122,7 @@ inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int 
             Vec scale = set1(x.scales[at]), total = set1(x.sums[at]);
             for (int half = 0; half < 2; half++) {
                 Half<KIND> w(tiles, half);
-                acc[half] = fma(w.dot(x.codes + at * BLOCK), w.scale * scale, acc[half]);
+                acc[half] = fma(w.dot(x.codes + at * BLOCK) * w.scale, scale, acc[half]);  // in the order of many rows: same bits
                 if (KIND != Q8_0) acc[half] = fma(w.minimum, total, acc[half]);
             }
         }

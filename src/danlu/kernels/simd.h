@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -46,6 +47,10 @@ inline Vec power_of_two(Vec n) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float greatest(Vec a) { return _mm512_reduce_max_ps(a); }
+// y where x is not -infinity, else 0.
+inline Vec unless_infinite(Vec x, Vec y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-INFINITY), _CMP_NEQ_UQ), y);
+}
 #else
 using Vec = __m256;
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -75,6 +80,10 @@ inline float greatest(Vec a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+// y where x is not -infinity, else 0.
+inline Vec unless_infinite(Vec x, Vec y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, set1(-INFINITY), _CMP_NEQ_UQ), y);
 }
 #endif
 

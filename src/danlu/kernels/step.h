@@ -14,6 +14,7 @@
 
 constexpr int ROW_BLOCK = 128;       // rows that share a weight tile while it is in the first cache
 constexpr int ATTENTION_ROWS = 48;   // query rows that share a block of keys
+constexpr int MOST_HEAD_DIM = 1024;
 constexpr int FEW_ROWS = 4;          // below, work on rows is done by one thread at the barrier itself
 
 inline void rms_norm(const float* x, const float* weight, int dim, float eps, float* out) {
@@ -89,7 +90,7 @@ class Step {
         fit(attended_, size_t(n) * q_dim_), fit(ffn_, size_t(n) * model_.ffn_dim);
         fit(input_, size_t(n) * widest);
 #ifdef __AMX_BF16__
-        if (n >= AMX_ROWS) fit(rounded_, size_t(input_blocks(n)) * 2 * TILE * input_blocks(widest));
+        if (batch.prompt_from < n) fit(rounded_, size_t(input_blocks(n)) * 2 * TILE * input_blocks(widest));
 #endif
         if (quantized_) fit(codes_, size_t(n) * widest), fit(scales_, size_t(n) * widest / BLOCK), fit(sums_, size_t(n) * widest / BLOCK);
         pieces_.clear();
@@ -97,10 +98,14 @@ class Step {
         for (int s = 0; s < batch.n_sequences; s++)
             for (int t = batch.starts[s]; t < batch.starts[s + 1]; t += tokens)
                 pieces_.push_back({s, t, std::min(t + tokens, batch.starts[s + 1])});
+        exact_rows_ = int(std::count_if(batch.rows, batch.rows + batch.n_rows, [&](int t) { return t < batch.prompt_from; }));
         const int items = int(pieces_.size()) * model_.n_kv_heads;
         splits_ = items >= 4 * pool_.size() ? 1 : (4 * pool_.size() + items - 1) / items;
-        const size_t parts = size_t(splits_) * n * model_.n_heads;
-        fit(most_, parts), fit(total_, parts), fit(parts_, parts * model_.head_dim);
+        if (splits_ > 1) {
+            const int longest = *std::max_element(batch.positions, batch.positions + n);
+            const size_t parts = size_t(last_chunk(longest) + 1) * n * model_.n_heads;
+            fit(most_, parts), fit(total_, parts), fit(parts_, parts * model_.head_dim);
+        }
         sequence_of_.resize(n);
         for (int s = 0; s < batch.n_sequences; s++)
             std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);
@@ -123,10 +128,10 @@ class Step {
         const int n = batch_->n_tokens;
 #ifdef __AMX_BF16__
         std::optional<TileRegisters> registers;
-        if (n >= AMX_ROWS) registers.emplace(), unpacked().forget();
+        if (batch_->prompt_from < n) registers.emplace(), unpacked().forget();
 #endif
         if (model_.n_layers) {
-            pool_.share(n, 1, [&](int t) { embed(t), prepare(t, n, x_.data(), model_.layers[0].attention_norm, model_.dim); });
+            pool_.share(n, 1, [&](int t) { embed(t), prepare(t, n, x_.data(), model_.layers[0].attention_norm, model_.dim, batch_->prompt_from); });
             pool_.barrier();
         }
         for (int l = 0; l < model_.n_layers; l++) {
@@ -134,10 +139,10 @@ class Step {
             project_qkv(layer);
             rows(n, [&](int t) { turn_and_keep(layer, t); });
             attention(layer);
-            rows(n, [&](int t) { join(t), prepare(t, n, attended_.data(), nullptr, q_dim_); });
+            rows(n, [&](int t) { join(layer, t), prepare(t, n, attended_.data(), nullptr, q_dim_, batch_->prompt_from); });
             add_to_stream(layer.o, n, layer.post_attention_norm, layer.mlp_norm);
             feed_forward(layer);
-            rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim); });
+            rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim, batch_->prompt_from); });
             bool last = l + 1 == model_.n_layers;
             add_to_stream(layer.down, n, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
         }
@@ -168,13 +173,13 @@ class Step {
     }
 
     // Row t of `from`, normalised where there is a norm, as the input of the next products.
-    void prepare(int t, int n, const float* from, const float* norm, int dim) {
+    void prepare(int t, int n, const float* from, const float* norm, int dim, [[maybe_unused]] int exact) {
         const float* row = from + size_t(t) * dim;
         float* input = input_.data() + size_t(t) * dim;
         if (norm) rms_norm(row, norm, dim, model_.norm_eps, input);
         else if (dense_) std::copy_n(row, dim, input);
 #ifdef __AMX_BF16__
-        if (n >= AMX_ROWS) return round_row(norm ? input : row, dim, rounded_row(t, dim));
+        if (t >= exact) return round_row(norm ? input : row, dim, rounded_row(t, dim));
 #endif
         if (quantized_) quantize_row(norm ? input : row, dim, quantized_input(n), t);
     }
@@ -208,18 +213,20 @@ class Step {
     }
 
     // Outputs WIDE * span .. of rows row0.. : (rows, WIDE). Columns beyond the matrix are 0.
-    void product(const Weight& w, int span, int n, int row0, int rows, float* out) {
+    void product(const Weight& w, int span, int n, int row0, int rows, float* out, [[maybe_unused]] int exact) {
         const int first = span * SPAN, end = std::min(first + SPAN, tiles(w));
         if (end - first < SPAN) std::fill_n(out, rows * WIDE, 0.0f);
+        int few = rows;
 #ifdef __AMX_BF16__
-        if (n >= AMX_ROWS && w.kind != F32) {
+        if (row0 + rows > exact && w.kind != F32) {
             const size_t bytes = matrix_tile_bytes(w);
             const TileRow* ready[SPAN] = {};
             for (int t = first; t < end; t++) ready[t - first] = unpacked().get(w.kind, w.k, w.data + t * bytes);
             tile_products(rounded_row(row0, w.k), ready[0], ready[1], w.k, rows, out);
-        } else
+            few = std::max(0, exact - row0);  // those before the prompts are done again
+        }
 #endif
-            for (int t = first; t < end; t++) tile_product(w, t, n, row0, rows, out + (t - first) * TILE);
+        for (int t = first; few && t < end; t++) tile_product(w, t, n, row0, few, out + (t - first) * TILE);
         if (w.bias)
             for (int m = 0; m < rows; m++)
                 for (int c = 0; c < std::min(WIDE, w.n - span * WIDE); c++)
@@ -250,7 +257,7 @@ class Step {
             int own = is_q ? span : is_k ? span - nq : span - nq - nk;
             int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * WIDE;
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(w, own, n, row0, rows, out);
+            product(w, own, n, row0, rows, out, batch_->prompt_from);
             put(out, rows, std::min(WIDE, w.n - own * WIDE), qkv_.data() + size_t(row0) * width + column, width);
         });
     }
@@ -306,7 +313,7 @@ class Step {
         return ((block * cache.n_layers + layer.layer_in_group) * model_.n_kv_heads + head) * block_bytes_;
     }
 
-    // Where there are few pieces of work the keys are split too, and the parts are joined by join().
+    // Where there are few pieces of work the keys are split too, and join() adds the parts up.
     void attention(const Layer& layer) {
         const int group = model_.n_heads / model_.n_kv_heads, dim = model_.head_dim, width = q_dim_ + 2 * kv_dim_;
         const Cache& cache = batch_->caches[layer.group];
@@ -328,46 +335,63 @@ class Step {
             Heads heads{cache.keys + base, cache.values + base, cache.n_layers * model_.n_kv_heads * block_bytes_,
                         batch_->tables[layer.group] + size_t(piece.sequence) * batch_->table_widths[layer.group],
                         dim, layer.window, model_.attention_softcap};
-            const int n_keys = positions[n_rows - 1] + 1 - first_key(heads, positions[0]);
-            const int chunks = (n_keys + KEYS - 1) / KEYS;
-            const int begin = chunks * split / splits_, end = chunks * (split + 1) / splits_;
-            switch (model_.cache_kind) {
-                case KV_F32: attend<float>(heads, positions, n_rows, begin, end, scratch); break;
-                case KV_BF16: attend<bf16>(heads, positions, n_rows, begin, end, scratch); break;
-                default: attend<int8_t>(heads, positions, n_rows, begin, end, scratch);
-            }
-            for (int t = piece.begin, m = 0; t < piece.end; t++)
-                for (int h = kv_head * group; h < (kv_head + 1) * group; h++, m++) {
-                    size_t part = (size_t(split) * batch_->n_tokens + t) * model_.n_heads + h;
-                    most_[part] = scratch.most[m], total_[part] = scratch.total[m];
-                    std::copy_n(scratch.out.data() + m * dim, dim, parts_.data() + part * dim);
+            // This split's share of the chunks, each kept for join(), or all of them, added up here.
+            const int first = first_chunk(heads, positions[0]), n = last_chunk(positions[n_rows - 1]) + 1 - first;
+            const int begin = first + n * split / splits_, end = first + n * (split + 1) / splits_;
+            if (splits_ == 1) scratch.clear(n_rows, dim);
+            for (int chunk = begin; chunk < end; chunk++) {
+                switch (model_.cache_kind) {
+                    case KV_F32: attend<float>(heads, positions, n_rows, chunk, scratch); break;
+                    case KV_BF16: attend<bf16>(heads, positions, n_rows, chunk, scratch); break;
+                    default: attend<int8_t>(heads, positions, n_rows, chunk, scratch);
                 }
+                for (int t = piece.begin, m = 0; t < piece.end; t++)
+                    for (int h = kv_head * group; h < (kv_head + 1) * group; h++, m++) {
+                        const float* out = scratch.out.data() + m * dim;
+                        if (splits_ == 1) {
+                            absorb(scratch.all_most[m], scratch.all_total[m], scratch.all_out.data() + m * dim,
+                                   scratch.most[m], scratch.total[m], out, dim);
+                        } else {
+                            size_t part = (size_t(chunk) * batch_->n_tokens + t) * model_.n_heads + h;
+                            most_[part] = scratch.most[m], total_[part] = scratch.total[m];
+                            std::copy_n(out, dim, parts_.data() + part * dim);
+                        }
+                    }
+            }
+            if (splits_ > 1) return;
+            for (int t = piece.begin, m = 0; t < piece.end; t++)
+                for (int h = kv_head * group; h < (kv_head + 1) * group; h++, m++)
+                    finish_head(scratch.all_out.data() + m * dim, scratch.all_total[m], t, h);
         });
     }
 
-    // The parts of a token's attention over its keys, weighed by what each saw.
-    void join(int t) {
-        const int dim = model_.head_dim;
+    // Adds the chunks of a token up where they were split.
+    void join(const Layer& layer, int t) {
+        if (splits_ == 1) return;
+        const int dim = model_.head_dim, position = batch_->positions[t];
+        const int first = layer.window ? std::max(0, position - layer.window + 1) / KEYS : 0;
         for (int h = 0; h < model_.n_heads; h++) {
-            float* to = attended_.data() + size_t(t) * q_dim_ + h * dim;
-            size_t first = size_t(t) * model_.n_heads + h, step = size_t(batch_->n_tokens) * model_.n_heads;
-            float most = most_[first], total = 0;
-            for (int s = 1; s < splits_; s++) most = std::max(most, most_[first + s * step]);
-            for (int s = 0; s < splits_; s++) total += total_[first + s * step] * std::exp(most_[first + s * step] - most);
-            for (int s = 0; s < splits_; s++) {
-                const float* part = parts_.data() + (first + s * step) * dim;
-                Vec weight = set1(std::exp(most_[first + s * step] - most) / total);
-                for (int d = 0; d < dim; d += W) store(to + d, s ? fma(weight, load(part + d), load(to + d)) : weight * load(part + d));
+            float most = -INFINITY, total = 0, out[MOST_HEAD_DIM] = {};
+            for (int chunk = first; chunk <= last_chunk(position); chunk++) {
+                size_t part = (size_t(chunk) * batch_->n_tokens + t) * model_.n_heads + h;
+                absorb(most, total, out, most_[part], total_[part], parts_.data() + part * dim, dim);
             }
+            finish_head(out, total, t, h);
         }
+    }
+
+    void finish_head(const float* sums, float total, int t, int head) {
+        const int dim = model_.head_dim;
+        float* to = attended_.data() + size_t(t) * q_dim_ + head * dim;
+        for (int d = 0; d < dim; d += W) store(to + d, load(sums + d) * set1(1 / total));
     }
 
     void feed_forward(const Layer& layer) {
         const int n = batch_->n_tokens, width = model_.ffn_dim;
         share_spans(spans(layer.gate), n, [&](int span, int row0, int rows) {
             alignas(64) float gate[ROW_BLOCK * WIDE], up[ROW_BLOCK * WIDE];
-            product(layer.gate, span, n, row0, rows, gate);
-            product(layer.up, span, n, row0, rows, up);
+            product(layer.gate, span, n, row0, rows, gate, batch_->prompt_from);
+            product(layer.up, span, n, row0, rows, up, batch_->prompt_from);
             for (int i = 0; i < rows * WIDE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
             put(gate, rows, std::min(WIDE, width - span * WIDE), ffn_.data() + size_t(row0) * width + span * WIDE, width);
         });
@@ -378,7 +402,7 @@ class Step {
         const int dim = model_.dim;
         share_spans(spans(w), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(w, span, n, row0, rows, out);
+            product(w, span, n, row0, rows, out, batch_->prompt_from);
             int columns = std::min(WIDE, dim - span * WIDE);
             float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + span * WIDE;
             if (post_norm) put(out, rows, columns, to, dim);
@@ -393,7 +417,7 @@ class Step {
                 rms_norm(y, post_norm, dim, model_.norm_eps, y);
                 for (int i = 0; i < dim; i++) x[i] += y[i];
             }
-            prepare(t, n, x_.data(), next_norm, dim);
+            prepare(t, n, x_.data(), next_norm, dim, batch_->prompt_from);
         });
     }
 
@@ -405,14 +429,14 @@ class Step {
         if (batch_->hidden) std::copy_n(hidden, dim, batch_->hidden + size_t(r) * dim);
         if (model_.head_scale != 1)
             for (int i = 0; i < dim; i++) hidden[i] *= model_.head_scale;
-        if (batch_->logits) prepare(r, batch_->n_rows, branch_.data(), nullptr, dim);
+        if (batch_->logits) prepare(r, batch_->n_rows, branch_.data(), nullptr, dim, exact_rows_);
     }
 
     void head() {
         const int n = batch_->n_rows, width = model_.head.n;
         share_spans(spans(model_.head), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(model_.head, span, n, row0, rows, out);
+            product(model_.head, span, n, row0, rows, out, exact_rows_);
             if (model_.logit_softcap > 0)
                 for (int i = 0; i < rows * WIDE; i += W)
                     store(out + i, set1(model_.logit_softcap) * tanh(load(out + i) * set1(1 / model_.logit_softcap)));
@@ -424,7 +448,7 @@ class Step {
     Pool pool_;
     const Batch* batch_ = nullptr;
     bool dense_ = false, quantized_ = false;
-    int q_dim_, kv_dim_, splits_ = 1;
+    int q_dim_, kv_dim_, exact_rows_ = 0, splits_ = 1;
     size_t block_bytes_;
     std::vector<float> x_, branch_, qkv_, attended_, ffn_, input_, scales_, sums_, most_, total_, parts_;
     std::vector<int8_t> codes_;

@@ -51,12 +51,10 @@ def inference(
     c = compute_bytes or (4 if form == "FP32" else 2)
     tokens = batch * min(context, PREFILL_TOKENS)
     q, k, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, _active_ffn(config)
-    # The widest moment of a block: its input and normed input, with either the feed-forward's inner products or
-    # queries, keys and values before and after rotation.
-    widest = 2 * config.dim + max(3 * f, 3 * q + 3 * k)
-    # While the mask of a piece is made, it stands beside two boolean ones.
-    mask = tokens * context * (c + 2) if context > PREFILL_TOKENS else 0
-    activations = int(tokens * widest * c + mask + 4 * batch * config.vocab_size)
+    # Buffers of a step of the native kernels: the stream, a branch, queries, keys and values, what attention gives (and
+    # its parts), the feed-forward's inner products, and the input of a product. torch holds no more at its widest.
+    widest = 2 * config.dim + 3 * q + 2 * k + f + max(config.dim, q, f)
+    activations = int(tokens * widest * c + 4 * batch * config.vocab_size)
     weights = int(parameters * BYTES_PER_WEIGHT[form])
     cache = cache_bytes(config, context, batch, c)
     return Budget(form, weights, 0, 0, activations, cache, weights + cache + activations)
