@@ -168,7 +168,7 @@ def test_many_rows_are_multiplied_in_bfloat16(
         exact = model(ids)[:, 0]
         in_bfloat16(model)
         expected = model(ids)[:, 0]
-    worst = ((found - expected).abs().amax(dim=1) / expected.std())
+    worst = (found - expected).abs().amax(dim=1) / expected.std()
     rounding = (exact - expected).abs().amax(dim=1).median() / expected.std()
     assert worst.median() < 1e-3 * rounding
     assert worst.max() < rounding

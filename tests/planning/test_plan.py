@@ -78,7 +78,7 @@ def peak_of(script: str, *arguments: str) -> int:
 
 
 PREAMBLE = """
-import sys, threading, time, torch
+import sys, threading, time, torch, torch._dynamo  # which optimizers import at their first step
 from danlu.models.causal_lm import CausalLM
 from danlu.models.config import model_config_for
 from danlu.models.load import load_model, read_config

@@ -428,7 +428,7 @@ class Engine:
         if isinstance(self.runner, NativeRunner):
             self.runner.update(dict(model.named_parameters()))
         elif isinstance(self.runner, TorchRunner):
-            self.runner.model = model
+            self.runner.take(model)
         self._scheduler.blocks.forget_prefixes()
 
     def check(self) -> None:

@@ -48,12 +48,17 @@ class TorchRunner:
             )
         if block_size < 1:
             raise DanluError(f"block_size is {block_size}; a block holds at least one token")
-        self.model, self.device = model, model.device
-        self._stack = model.decoder if isinstance(model, EncoderDecoder) else model
-        self._sources = SourceMemories(model) if isinstance(model, EncoderDecoder) else None
+        self.device = model.device
+        self.take(model)
         self.config = self._stack.config
         self.groups, self.block_size = kv_groups(self.config), block_size
         self._kv = PagedKV(self.config, [group.layers for group in self.groups], block_size, dtype, self.device)
+
+    def take(self, model: CausalLM | EncoderDecoder) -> None:
+        """Run this model, of the same shape, from now on."""
+        self.model = model
+        self._stack = model.decoder if isinstance(model, EncoderDecoder) else model
+        self._sources = SourceMemories(model) if isinstance(model, EncoderDecoder) else None
 
     def block_bytes(self, group: int) -> int:
         """Memory of one block of a group, all its layers, keys and values."""
