@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tiny_models import LLAMA3, MODELS, VOCAB_SIZE, model_config, save_reference, tokenizer
 from torch import Tensor
 
-from danlu.engine.config import GenerateConfig
 from danlu.engine.verbs import generate
+from danlu.engine.verbs_config import GenerateConfig
 from danlu.errors import DanluError
 from danlu.formats.gguf_file import GGUFFile
 from danlu.formats.gguf_write import GGUFTensor, write_gguf
