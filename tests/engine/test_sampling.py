@@ -214,7 +214,7 @@ def test_bounds_are_checked_together() -> None:
         (["choice=[a, '']"], "empty"),
         (["regex=a", "grammar=b"], "together"),
         (["regex=a", "min_new_tokens=3"], "ends where its structure ends"),
-        (["stop=[" + ",".join(f"t{i}" for i in range(65)) + "]"], "at most 64"),
+        (["stop=[" + ",".join(f"t{i}" for i in range(257)) + "]"], "at most 256"),
     ],
 )
 def test_what_cannot_be_asked_for_is_told(overrides: list[str], message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from danlu.config import option
 
-MOST_SEQUENCES, MOST_BEAMS, MOST_LOGPROBS, MOST_STRINGS, LONGEST_STRING = 128, 64, 100, 64, 1000
+MOST_SEQUENCES, MOST_BEAMS, MOST_LOGPROBS, MOST_STRINGS, LONGEST_STRING = 128, 64, 100, 256, 1000
 """What one request may ask for: more would let it take the memory of all others."""
 
 
