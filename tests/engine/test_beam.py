@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.engine.beam import Beams, BeamSearch, Hypothesis, beam_logprobs
 from danlu.engine.config import SamplingParams
@@ -18,22 +17,6 @@ from danlu.errors import DanluError
 
 VOCAB = 37
 PROMPTS = [[5, 9, 30], [7], [11, 11, 12, 13, 14, 15, 16]]
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    """Its answers end at different lengths."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.35)
-    return model
 
 
 def search(model: Any, prompt: list[int], beams: Beams, limit: int, stop_ids: list[int], least: int = 0) -> BeamSearch:

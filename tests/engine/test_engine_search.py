@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from danlu.engine.batch import Runner
 from danlu.engine.config import SamplingParams
@@ -30,22 +29,6 @@ PROMPTS = [[5, 9, 30], [7], [11, 11, 12, 13, 14, 15, 16], [5, 9, 30, 6, 3] * 4]
 SMALL = {"max_running": 16, "step_tokens": 64, "block_size": 4, "kv_memory": 4}
 PERIODIC = [[40, 41, 42, 43] * 3, [50, 51] * 5, [*range(60, 75), *range(60, 70)]]
 """They repeat themselves, so that there is something to look up at once."""
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    """Its answers end at different lengths."""
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.35)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from danlu.engine.native_runner import NativeRunner, why_not
 from danlu.engine.torch_runner import TorchRunner
 from danlu.errors import DanluError
-from danlu.formats.gguf_blocks import PackedTensor, dequantize, quantize
+from danlu.formats.gguf_blocks import PackedTensor, quantize
 from danlu.kernels import native
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope, RopeScaling
-from danlu.nn.linear import Linear
+from packed_weights import packed
 
 pytestmark = pytest.mark.skipif(native.choose()[0] is None, reason=f"no native kernels: {native.choose()[1]}")
 
@@ -168,18 +168,12 @@ def test_packed_products(kind: str) -> None:
     codes, rounding errors of fp32 decide, and all that follows differs: sequences of one token keep that to
     themselves."""
     model = decoder({**options("llama"), "ffn_dim": 256, "dim": 256, "head_dim": 32, "n_heads": 8, "n_layers": 1})
-    weights: dict[str, Tensor | PackedTensor] = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) or name == "embed":
-                shape = tuple(module.weight.shape)
-                blocks = quantize(module.weight, kind)
-                weights[f"{name}.weight"] = PackedTensor(kind, shape, blocks)
-                module.weight.copy_(dequantize(blocks, kind, shape))
-                if kind not in native.WEIGHT_KINDS:  # repacked once
-                    module.weight.copy_(dequantize(quantize(module.weight, "Q8_0"), "Q8_0", shape))
-                if isinstance(module, nn.Linear):
-                    module.register_forward_pre_hook(lambda _, inputs: (rounded_to_8_bits(inputs[0]),))
+    weights = packed(model, kind)
+    if kind not in native.WEIGHT_KINDS:  # repacked once
+        packed(model, "Q8_0")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounded_to_8_bits(inputs[0]),))
     sequences = NativeSequences(model, [1] * 48, weights=weights, kv_dtype="fp32")
     steps = [[0], [1], [2], list(range(3, 19)), list(range(19, 48))]  # one row at a time, a few, many
     found = [logits for step in steps for logits in sequences.advance([(i, 1) for i in step])]

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from danlu.engine.batch import Batch
 from danlu.engine.native_runner import NativeRunner
-from danlu.formats.gguf_blocks import PackedTensor, dequantize, quantize
 from danlu.kernels import build, native
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope
-from danlu.nn.linear import Linear
+from packed_weights import packed
 
 HEADER = Path(__file__).with_name("emulated.h")
 AVX2 = next(known.flags for known in build.SETS if known.name == "avx2")
@@ -61,19 +60,6 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float32) -> Causa
             noise = torch.randn(parameter.shape)
             parameter.copy_(0.15 * noise if parameter.ndim > 1 else parameter + 0.1 * noise)
     return model.to(dtype).float().eval()
-
-
-def packed(model: CausalLM, kind: str) -> dict[str, Tensor | PackedTensor]:
-    """Its weights in blocks; the model itself gets the same numbers."""
-    weights: dict[str, Tensor | PackedTensor] = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, Linear) or name == "embed":
-                shape = tuple(module.weight.shape)
-                blocks = quantize(module.weight, kind)
-                weights[f"{name}.weight"] = PackedTensor(kind, shape, blocks)
-                module.weight.copy_(dequantize(blocks, kind, shape))
-    return weights
 
 
 def run(runner: NativeRunner, sequences: Sequence[Tensor], steps: Sequence[int], answers: bool = False) -> Tensor:
