@@ -36,12 +36,10 @@ class Answers:
         self.counts: Counter[str] = Counter()
         """Of the requests that are done."""
 
-    def add(self, request: Request, line: Line) -> None:
+    def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        line.unit = Unit(request, [line])
-        request.units.append(line.unit)
         self.requests[request.id] = request
-        self.scheduler.add(line.unit)
+        self.scheduler.add(request.units[0])
 
     def stream_for(self, request: Request) -> TextStream | None:
         """Text of a new answer."""
@@ -197,7 +195,7 @@ class Answers:
         if line.request.params.logprobs is not None:
             logprobs = line.logprobs[len(line.logprobs) - n_new :] if n_new else []
         ids = line.token_ids[n_before:]
-        self.events.append(Event(line.request.id, line.index, text, ids, logprobs, reason, generation))
+        self.events.append(Event(line.request.id, line.index, text, ids, logprobs, reason, generation, line.stop_text))
 
     def _end(self, line: Line, reason: FinishReason, text: str = "", n_before: int | None = None) -> None:
         """The line has come to its end; so has its request, if all others have."""
@@ -233,7 +231,8 @@ class Answers:
     ) -> Generation:
         if completions is None:
             completions = [line.completion() for line in sorted(request.finished, key=lambda line: line.index)]
-        return Generation(request.prompt_ids, completions, request.stats(), request.prompt_logprobs, error)
+        embedding = request.pooled if error is None else None
+        return Generation(request.prompt_ids, completions, request.stats(), request.prompt_logprobs, error, embedding)
 
     def _end_request(self, request: Request, completions: list[Completion]) -> None:
         """Tell whole answers of which nothing was told before."""
@@ -241,7 +240,9 @@ class Answers:
         generation = self._generation(request, completions)
         for index, one in enumerate(completions):
             last = generation if index == len(completions) - 1 else None
-            self.events.append(Event(request.id, index, one.text, one.token_ids, one.logprobs, one.finish_reason, last))
+            self.events.append(
+                Event(request.id, index, one.text, one.token_ids, one.logprobs, one.finish_reason, last, one.stop_text)
+            )
 
     def _leave(self, request: Request) -> None:
         del self.requests[request.id]
@@ -317,12 +318,13 @@ class Answers:
             stopped = hypothesis.token_ids[-1] in search.stop_ids
             ids = hypothesis.token_ids[:-1] if stopped else hypothesis.token_ids
             stream = self.stream_for(request)
-            text = ""
+            text, stop_text = "", None
             if stream is not None:
                 text = "".join(map(stream.push, ids))
                 text += stream.finish()
-                stopped = stopped or stream.stopped
-            completions.append(Completion(text, ids, "stop" if stopped else "length"))
+                stop_text = stream.stop_text
+            reason: FinishReason = "stop" if stopped or stop_text is not None else "length"
+            completions.append(Completion(text, ids, reason, stop_text=stop_text))
         self.scheduler.remove(unit)
         self._end_request(request, completions)
 

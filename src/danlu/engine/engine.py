@@ -7,6 +7,7 @@ A request's answers depend on its prompt, parameters and seed alone, whatever el
 
 from __future__ import annotations
 
+import itertools
 import operator
 import secrets
 from collections import Counter
@@ -30,7 +31,7 @@ from danlu.engine.grammar import Grammar
 from danlu.engine.kv_memory import blocks_that_fit, longest_that_fits, most_blocks, rope_key
 from danlu.engine.logit_rules import SequenceSampler
 from danlu.engine.native_runner import NativeRunner
-from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, prompt_ids
+from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, Unit, prompt_ids
 from danlu.engine.request import Sequence as Line
 from danlu.engine.runners import open_draft_model, open_runner
 from danlu.engine.scheduler import Plan, Scheduler, batch_of
@@ -99,7 +100,8 @@ class Engine:
         self._draft_model = open_draft_model(self.config, self.tokenizer, shape.vocab_size)
         self._drafts = self.config.draft == "ngram" or self._draft_model is not None
         self._to_fail: list[tuple[Request, Exception]] = []
-        self._n_submitted = self._n_steps = 0
+        self._numbers = itertools.count(1)
+        self._n_steps = 0
         self._closed = False
         self._news: list[Event] = []  # of requests that were submitted one by one
         self._inboxes: dict[str, list[Event]] = {}  # of the others
@@ -123,26 +125,39 @@ class Engine:
             DanluError: this can never run: the prompt is empty, unknown to the model or too long, parameters are
                 impossible, the id is taken, the engine is closed.
         """
-        return self._submit(prompt, validate(params), request_id=request_id, adapter=adapter).id
+        return self.enqueue(self.prepare(prompt, params, request_id=request_id, adapter=adapter))
 
-    def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        task: Task = "generate",
-        which: str = "the prompt",
-        request_id: str | None = None,
-        adapter: str | None = None,
-        observes: bool = False,
-    ) -> Request:
+    def enqueue(self, request: Request) -> str:
+        """Queue what :meth:`prepare` has made; as :meth:`submit` otherwise."""
         if self._closed:
             raise DanluError("the engine is closed; open another")
+        if request.id in self._answers.requests or request.id in self._inboxes:
+            raise DanluError(f"request_id: {request.id!r} is running already; take another")
+        self._answers.add(request)
+        return request.id
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = SamplingParams(),  # noqa: B008 (frozen)
+        *,
+        task: Task = "generate",
+        pooling: Pooling = "mean",
+        request_id: str | None = None,
+        adapter: str | None = None,
+        which: str = "the prompt",
+    ) -> Request:
+        """The part of :meth:`submit` that takes time and changes nothing: tokens, grammars, what can never run. Other
+        threads may do it while one is in :meth:`step`.
+
+        Args:
+            task: "score" only reads the prompt, for its log probabilities; "embed" reads it for a vector.
+            pooling: of what a text is embedded: the mean over its tokens, or the last one.
+            which: the prompt's name in errors.
+        """
+        params = validate(params)
         if request_id is None:
-            self._n_submitted += 1
-            request_id = f"request-{self._n_submitted}"
-        if request_id in self._answers.requests or request_id in self._inboxes:
-            raise DanluError(f"request_id: {request_id!r} is running already; take another")
+            request_id = f"request-{next(self._numbers)}"
         if adapter is not None and adapter not in getattr(self.runner, "adapters", ()):
             raise DanluError(f"adapter: there is none of the name {adapter!r}; this engine has no adapters loaded")
         ids = self._ids(prompt, which, room=task == "generate")
@@ -160,7 +175,7 @@ class Engine:
             max_len=max_len,
             salt=salt,
             adapter=adapter,
-            observes=observes or params.prompt_logprobs is not None,
+            observes=(task == "embed" and pooling == "mean") or params.prompt_logprobs is not None,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
         line = Line(request, 0, list(ids), self._answers.stream_for(request))
@@ -172,7 +187,8 @@ class Engine:
                 request.search = BeamSearch(beams, max_len - len(ids), line.sampler.stop_ids)
             elif self._drafts:
                 line.drafter = self._drafter(request, seed)
-        self._answers.add(request, line)
+        line.unit = Unit(request, [line])
+        request.units.append(line.unit)
         return request
 
     def _ids(self, prompt: Prompt, which: str, *, room: bool) -> list[int]:
@@ -331,15 +347,12 @@ class Engine:
 
     def embed(self, prompts: Sequence[Prompt], pooling: Pooling = "mean") -> Tensor:
         """Final hidden states of prompts, (prompts, dim) fp32: the mean over all tokens, or the last token's."""
-        requests: list[Request] = []
-        for _ in self._events(prompts, [SamplingParams()] * len(prompts), requests, "embed", pooling == "mean"):
-            pass
-        pooled = []
-        for request in requests:
-            if request.pooled is None:
-                raise DanluError("the engine was closed before all texts were embedded")
-            pooled.append(request.pooled)
-        return torch.stack(pooled) if pooled else torch.empty(0, self.runner.config.dim)
+        found = self._answer(prompts, [SamplingParams()] * len(prompts), task="embed", pooling=pooling)
+        pooled = [_without_error(generation).embedding for generation in found]
+        vectors = [vector for vector in pooled if vector is not None]
+        if len(vectors) < len(pooled):
+            raise DanluError("the engine was closed before all texts were embedded")
+        return torch.stack(vectors) if vectors else torch.empty(0, self.runner.config.dim)
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Event]:
         """Answer one prompt; its events as they come. Who stops to listen aborts it.
@@ -354,6 +367,7 @@ class Engine:
         prompts: Sequence[Prompt],
         params: Sequence[SamplingParams],
         task: Task = "generate",
+        pooling: Pooling = "mean",
         progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         if len(params) != len(prompts):
@@ -362,7 +376,7 @@ class Engine:
             )
         requests: list[Request] = []
         done: dict[str, Generation] = {}
-        for event in self._events(prompts, params, requests, task):
+        for event in self._events(prompts, params, requests, task, pooling):
             if event.generation is not None:
                 done[event.request_id] = event.generation
                 if progress is not None:
@@ -375,15 +389,17 @@ class Engine:
         params: Sequence[SamplingParams],
         requests: list[Request],
         task: Task = "generate",
-        observes: bool = False,
+        pooling: Pooling = "mean",
     ) -> Generator[Event]:
         """Submit prompts (entered into ``requests``) and run until all of them are done; their events."""
         inbox: list[Event] = []
         try:
             for number, (prompt, one) in enumerate(zip(prompts, params, strict=True), 1):
                 which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
-                requests.append(self._submit(prompt, one, task=task, which=which, observes=observes))
-                self._inboxes[requests[-1].id] = inbox
+                request = self.prepare(prompt, one, task=task, pooling=pooling, which=which)
+                self.enqueue(request)
+                requests.append(request)
+                self._inboxes[request.id] = inbox
             n_open = len(requests)
             while n_open:
                 self._step()

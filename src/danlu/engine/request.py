@@ -39,13 +39,14 @@ class Completion:
 
     ``finish_reason`` is "stop" (a stop token, a stop string, or a grammar that is complete), "length"
     (`max_new_tokens`, or the context is full), "abort" or "error". ``logprobs`` has an entry for each of ``token_ids``
-    where they were asked for.
+    where they were asked for. ``stop_text`` is the stop string that ended it.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Generation:
 
     Attributes:
         prompt_logprobs: an entry for each token of the prompt, None for the first, where they were asked for.
+        embedding: (dim,) fp32, of a text that was to be embedded.
         error: why the answers end with "error".
     """
 
@@ -84,6 +86,7 @@ class Generation:
     stats: RequestStats
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: str | None = None
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class Event:
 
     Attributes:
         index: which of the request's `n` answers.
+        stop_text: the stop string that ended it.
         generation: on the last event of a request, all of it.
     """
 
@@ -102,6 +106,7 @@ class Event:
     logprobs: list[TokenLogprobs] | None
     finish_reason: FinishReason | None
     generation: Generation | None = None
+    stop_text: str | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -139,7 +144,12 @@ class Sequence:
         """What the sequence has come to."""
         assert self.finish_reason is not None
         logprobs = self.logprobs if self.request.params.logprobs is not None else None
-        return Completion("".join(self.text), self.answer_ids, self.finish_reason, logprobs)
+        return Completion("".join(self.text), self.answer_ids, self.finish_reason, logprobs, self.stop_text)
+
+    @property
+    def stop_text(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self.stream is None else self.stream.stop_text
 
     @property
     def mean_logprob(self) -> float:

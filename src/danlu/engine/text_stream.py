@@ -23,8 +23,13 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, stop
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._held = ""
-        self.stopped = False
-        """A stop string was found; nothing more will come."""
+        self.stop_text: str | None = None
+        """The stop string that was found; nothing more will come."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.stop_text is not None
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain (often empty)."""
@@ -37,10 +42,11 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._decode(data)
-        found = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self._stop if (start := text.find(stop)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, start, self.stop_text = min(found)
+            self._held = ""
+            return text[:start]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
