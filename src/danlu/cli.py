@@ -30,7 +30,7 @@ from danlu.verbs import VERBS, Verb
 _OVERRIDES = "overrides"
 """A positional field of this name takes the `key=value` words as they are (the vars of a recipe)."""
 
-GROUPS = {"data": "Make data sets.", "tokenizer": "Make tokenizers."}
+GROUPS = {"data": "Make data sets.", "tokenizer": "Make tokenizers.", "keys": "API keys of the server."}
 """Help of the first word of two-word verbs."""
 
 _EPILOG = "Each option can also be given as key=value (lr=0.01) or, for all at once, in a YAML file with --config."
@@ -120,7 +120,10 @@ def _command(verb: Verb) -> Callable[..., None]:
         }
         try:
             overrides = [word for word in words if _OVERRIDE.match(word)]
-            values |= _assign([word for word in words if word not in overrides], positional, hints, verb)
+            for name, value in _assign(
+                [word for word in words if word not in overrides], positional, hints, verb
+            ).items():
+                values[name] = value + values.get(name, []) if isinstance(value, list) else value
             if _OVERRIDES in hints:  # a verb that hands them on
                 values, overrides = {**values, _OVERRIDES: overrides}, []
             config = configs.load(config_type, file=file, overrides=overrides, values=values)
@@ -174,7 +177,7 @@ def _parameters(fields: Sequence[dataclasses.Field[Any]], hints: dict[str, Any])
     )
     for field in fields:
         positional = configs.option_of(field).positional
-        if positional and (field.default is dataclasses.MISSING or _is_list(hints[field.name])):
+        if positional and (field.default is dataclasses.MISSING or field.name == _OVERRIDES):
             continue
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
         annotation: Any

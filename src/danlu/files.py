@@ -17,10 +17,13 @@ from danlu.errors import DanluError
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on leaving without an error it is fsynced and renamed over ``path``.
 
     The temporary name keeps the suffix of ``path``, since some writers choose the format by it.
+
+    Args:
+        mode: rights of the file, such as 0o600, which it has from the first byte on; None: what the umask allows.
 
     Raises:
         DanluError: the disk is full or the folder cannot be written; ``path`` is left as it was.
@@ -34,7 +37,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask() if mode is None else mode)
         fsync_file(temporary)
         os.replace(temporary, target)
         fsync_folder(target.parent)
@@ -45,20 +48,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
+def write_bytes(path: str | Path, content: bytes, mode: int | None = None) -> None:
     """Write a whole file atomically."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: str | Path, content: str) -> None:
+def write_text(path: str | Path, content: str, mode: int | None = None) -> None:
     """Write a whole UTF-8 file atomically."""
-    write_bytes(path, content.encode("utf-8"))
+    write_bytes(path, content.encode("utf-8"), mode)
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: Any, mode: int | None = None) -> None:
     """Write readable JSON atomically."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", mode)
 
 
 def read_json(path: str | Path) -> Any:

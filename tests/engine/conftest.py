@@ -1,46 +1,11 @@
-"""A model folder as users have one, tiny and untrained."""
+"""A tiny random model of transformers."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from danlu.models.causal_lm import CausalLM
-from danlu.models.load import save_model
-from danlu.nn.config import ModelConfig, Rope
-from danlu.tokenizer.train import train_on
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its weights are random, so greedy answers are babble, and never end by themselves: stop tokens have logit 0."""
-    texts = [f"def f{i}(x):\n    return x + {i}  # 丹炉 refines text\n" for i in range(200)]
-    tokenizer = train_on(texts, 320, 2)
-    config = ModelConfig(
-        qk_norm="head",
-        rope=Rope(),
-        vocab_size=320,
-        n_layers=1,
-        dim=32,
-        n_heads=2,
-        n_kv_heads=1,
-        head_dim=16,
-        ffn_dim=32,
-        context=4096,
-    )
-    model = CausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3, generator=generator)
-        model.embed.weight[list(tokenizer.stop_ids)] = 0
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(model, folder, tokenizer)
-    return folder
 
 
 @pytest.fixture(scope="module")

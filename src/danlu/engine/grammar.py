@@ -130,8 +130,9 @@ class _Tokens:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
-        # Those without text, gaps of the vocabulary among them, can follow no grammar.
-        self.special_token_ids = np.flatnonzero(tokenizer.token_bytes() == 0).tolist()
+        # Those without text, gaps of the vocabulary among them, can follow no grammar. Tags of tool calls and thoughts
+        # have some: it is part of the answer, and a model that has such a token would not spell it.
+        self.special_token_ids = [i for i, text in enumerate(self.tokens) if not text or tokenizer.is_special(i)]
         self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
         special = set(self.special_token_ids)
         self._ids = {text: i for i, text in enumerate(self.tokens) if i not in special}
@@ -191,11 +192,14 @@ def _with_stack(function: Callable[[], T]) -> T:
 _STACK_SIZE = threading.Lock()
 
 
+_JSON: Any = {"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": False}
+"""How schemas are followed."""
+
+
 def _from_schema(source: str | dict[str, Any]) -> str:
     schema = read_schema(source)
-    options: Any = {"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": False}
     try:
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
     except ValueError as error:  # its own bound of nesting, 128 at present
         raise DanluError(f"json_schema: cannot be followed ({error})") from None
 
@@ -212,8 +216,9 @@ def _from_choice(source: Sequence[str]) -> str:
 
 
 def _from_lark(source: str) -> str:
-    _require_short("grammar", source, MAX_LARK_CHARS)
-    bare = re.sub(r'//.*|"(\\.|[^"\\\n])*"|/(\\.|[^/\\\n])+/', "*", source)  # what is left are names
+    source, lark = _read_schemas(source)
+    _require_short("grammar", lark, MAX_LARK_CHARS)
+    bare = re.sub(_LITERAL, "*", lark)  # what is left are names
     pieces = re.split(r"^[ \t]*[?!]?([a-zA-Z_]\w*)[^\n:|]*:", bare, flags=re.MULTILINE)
     bodies = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     sizes: dict[str, int] = {}
@@ -223,6 +228,26 @@ def _from_lark(source: str) -> str:
             "those in them are written out"
         )
     return LLMatcher.grammar_from_lark(source)
+
+
+_LITERAL = r'//.*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/'
+
+
+def _read_schemas(source: str) -> tuple[str, str]:
+    """The grammar with its JSON schemas (``%json {...}``) checked, and to be followed as others are; and without."""
+    _require_short("grammar", source, MAX_CHARS)
+    whole, bare, end = "", "", 0
+    for found in re.finditer(rf"{_LITERAL}|%json\s*(?={{)", source):
+        if found.start() < end or not found[0].startswith("%json"):
+            continue
+        try:
+            _, length = json.JSONDecoder().raw_decode(source[found.end() :])
+        except (ValueError, RecursionError):
+            raise DanluError("grammar: what follows %json is not JSON, or is nested too deeply") from None
+        schema = read_schema(source[found.end() : found.end() + length]) | {"x-guidance": _JSON}
+        before = source[end : found.end()]
+        whole, bare, end = f"{whole}{before}{json.dumps(schema)}", bare + before, found.end() + length
+    return whole + source[end:], bare + source[end:]
 
 
 def _written_out(name: str, bodies: dict[str, str], sizes: dict[str, int]) -> int:

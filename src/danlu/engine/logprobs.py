@@ -39,8 +39,9 @@ def token_logprobs(row: Row, token_id: int, n: int) -> TokenLogprobs:
     """
     total = log_total(row)
     likeliest = shortlist(row).first(n) if n else None
-    top = () if likeliest is None else zip(likeliest.ids.tolist(), (likeliest.logits - total).tolist(), strict=True)
-    return TokenLogprobs(token_id, float(row[token_id]) - total, tuple(top))
+    # In double precision, so that a token has the same number wherever it is told.
+    top = () if likeliest is None else zip(likeliest.ids.tolist(), likeliest.logits.tolist(), strict=True)
+    return TokenLogprobs(token_id, float(row[token_id]) - total, tuple((i, logit - total) for i, logit in top))
 
 
 def logprobs_of(logits_rv: Tensor, token_ids: Sequence[int], n: int) -> list[TokenLogprobs]:

@@ -18,6 +18,7 @@ EXTRAS = {
     "data": ("trafilatura", "pypdfium2", "py3langid"),
     "sentencepiece": ("sentencepiece",),
     "tasks": ("sklearn",),
+    "tracing": ("opentelemetry.sdk", "opentelemetry.exporter.otlp"),
 }
 """Extra -> the modules that it brings."""
 

@@ -143,14 +143,16 @@ class Embedder(nn.Module):
                 vectors[chosen] = self(*self.collate([rows[i] for i in chosen])).cpu().numpy()
         return vectors
 
-    def tokenize(self, text: str, prompt_name: str | None = None) -> tuple[list[int], list[int]]:
-        """Ids and types of a text with its prompt, cut to ``max_length``. A special token's name in it is text like any
-        other, where sentence-transformers would take it for the token."""
+    def tokenize(
+        self, text: str, prompt_name: str | None = None, max_length: int | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Ids and types of a text with its prompt, cut to ``max_length`` (None: the embedder's). A special token's name
+        in it is text like any other, where sentence-transformers would take it for the token."""
         text = self.settings.prompt(prompt_name) + text
         if self.settings.lower_case:
             # Letter by letter, as the tokenizers library does: Python minds the end of a word (Greek sigma).
             text = "".join(letter.lower() for letter in text)
-        return self.tokenizer.encode_for_encoder(text, max_length=self.max_length)
+        return self.tokenizer.encode_for_encoder(text, max_length=max_length or self.max_length)
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor | None, Tensor]:
         """Rows of ids and types -> (ids_bt, real_bt, types_bt) on the model's device, padded on the right; real_bt is

@@ -29,7 +29,7 @@ HARMLESS_FIELDS = (
     "attention_dropout hidden_dropout hidden_dropout_prob attention_probs_dropout_prob resid_pdrop embd_pdrop "
     "attn_pdrop summary_first_dropout dropout dropout_rate activation_dropout encoder_layerdrop decoder_layerdrop "
     "seq_classif_dropout qa_dropout embed_dropout router_aux_loss_coef router_jitter_noise output_router_logits "
-    "cache_implementation "
+    "cache_implementation sentence_transformers sbert_ce_default_activation_function "
 )
 HARMLESS = frozenset(HARMLESS_FIELDS.split())
 

@@ -1,0 +1,121 @@
+"""The application: routes, what wraps them, and what lives as long as they do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from danlu import __version__
+from danlu.errors import DanluError
+from danlu.server import (
+    chat_completions,
+    completions,
+    conversation_store,
+    conversations,
+    embeddings,
+    health,
+    login,
+    messages,
+    metrics,
+    model_list,
+    page,
+    rerank,
+    response_store,
+    responses,
+    sessions,
+    tokens,
+    usage,
+)
+from danlu.server.auth import Auth
+from danlu.server.config import ServeConfig, named_models
+from danlu.server.data_folder import database_path, key_file_path
+from danlu.server.database import Database
+from danlu.server.drain import Gate
+from danlu.server.errors import ApiError, answer_error
+from danlu.server.headers import SecurityHeaders, cors
+from danlu.server.keys import Keys
+from danlu.server.limits import Limits
+from danlu.server.logs import RequestLog
+from danlu.server.metrics import Metrics
+from danlu.server.models import Models
+from danlu.server.response_jobs import Jobs
+from danlu.server.serving import Serving
+
+if TYPE_CHECKING:
+    from danlu.server.tracing import Tracing
+
+ROUTES = (
+    chat_completions, completions, responses, messages, embeddings, rerank, tokens, model_list,
+    conversations, usage, login, health, metrics,
+)  # fmt: skip
+TABLES = (usage.TABLE, sessions.TABLE, conversation_store.TABLES, response_store.TABLE)
+
+
+def create_app(
+    config: ServeConfig,
+    *,
+    tracing: Tracing | None = None,
+    failed: Callable[[DanluError], None] | None = None,
+) -> FastAPI:
+    """The whole server as an ASGI application. Its lifespan loads the first model and ends all models' processes.
+
+    Args:
+        failed: called when the first model cannot be loaded; without it, those who ask for the model are told.
+
+    Raises:
+        DanluError: the database or the key file cannot be used.
+    """
+    database = Database(database_path(config.data), TABLES)
+    must_exist = config.api_key_file is not None
+    keys = Keys(key_file_path(config.api_key_file, config.data), usage.Usage(database), must_exist=must_exist)
+    measured = Metrics(tuple(named_models(config.model)))
+    models = Models(config, measured)
+    serving = Serving(config, models, database, keys, measured)
+
+    async def preload() -> None:
+        try:
+            await models.preload()
+        except (DanluError, ApiError) as error:
+            if failed is not None:
+                failed(error if isinstance(error, DanluError) else DanluError(error.message))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(preload())
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await models.close()
+            await app.state.response_jobs.close()
+            await database.close()
+
+    app = FastAPI(
+        title="danlu",
+        version=__version__,
+        summary="Language models behind the APIs of OpenAI and Anthropic.",
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers=dict.fromkeys((ApiError, DanluError, RequestValidationError, HTTPException), answer_error),
+        middleware=[
+            Middleware(RequestLog, metrics=measured, log_prompts=config.log_prompts, tracing=tracing),
+            Middleware(SecurityHeaders),
+            *cors(config.cors_origin),
+            Middleware(Gate),
+            Middleware(Auth, keys=keys, sessions=serving.sessions, host=config.host, cors_origin=config.cors_origin),
+            Middleware(Limits, max_body=config.max_body << 20, seconds=config.header_timeout),
+        ],
+    )
+    app.state.serving, app.state.metrics, app.state.response_jobs = serving, measured, Jobs()
+    for module in (*ROUTES, page) if config.page else ROUTES:
+        app.include_router(module.router)
+    return app

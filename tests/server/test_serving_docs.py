@@ -1,0 +1,49 @@
+"""What docs/serving.md tells people to type is run as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from danlu.cli import build_app
+
+TEXT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+OPTIONS = sorted(set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", TEXT)))
+OTHERS = {"help", "config", "entrypoint", "no-install-recommends", "no-cache-dir", "create-home"}
+"""Options of other programs, and of every verb."""
+
+
+@pytest.mark.parametrize(
+    "code", PYTHON, ids=[re.findall(r"from (\w+)", code)[0] + str(i) for i, code in enumerate(PYTHON)]
+)
+def test_the_clients(code: str, smollm2_url: str) -> None:
+    code = code.replace("http://127.0.0.1:8000", smollm2_url)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_options_exist() -> None:
+    import click
+    import typer.main
+
+    words = {
+        option.lstrip("-")
+        for verb in (["serve"], ["keys", "create"], ["keys", "usage"])
+        for parameter in _command(typer.main.get_command(build_app(verb)), verb).params
+        if isinstance(parameter, click.Option)
+        for option in parameter.opts
+    }
+    assert [option for option in OPTIONS if option not in words | OTHERS] == []
+
+
+def _command(app: object, words: list[str]) -> object:
+    for word in words:
+        app = app.commands[word]  # type: ignore[attr-defined]
+    return app
