@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -88,6 +89,11 @@ def option_of(field: dataclasses.Field[Any]) -> Option:
     return found if isinstance(found, Option) else Option(help="")
 
 
+@functools.cache  # they are compiled anew each time, which the server would do for each request
+def _type_hints(config_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(config_type)
+
+
 def load(
     config_type: type[T],
     *,
@@ -100,7 +106,7 @@ def load(
     Raises:
         Problems: unknown keys, wrong types, values out of bounds and missing required keys, all at once.
     """
-    hints = typing.get_type_hints(config_type)
+    hints = _type_hints(config_type)  # type: ignore[arg-type]  # mypy takes classes for unhashable
     given: dict[str, tuple[Any, str]] = {}  # key -> (value, where it came from)
     problems: list[str] = []
     if file is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from page_driver import browser, keep, page_server, visit  # noqa: F401  (fixtures)
 from server_process import ServerProcess, serving
 from tiny_cross_encoder import cross_encoder_folder
 

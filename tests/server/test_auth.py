@@ -103,7 +103,7 @@ def test_a_key_that_is_revoked_while_the_server_runs(tmp_path: Path) -> None:
         for headers in (bearer(alice), cookie):
             assert (await client.get("/v1/who", headers=headers)).status_code == 200
         end_key(tmp_path / "keys.json", "alice")
-        end = time.monotonic() + 1
+        end = time.monotonic() + 5
         while (await client.get("/v1/who", headers=bearer(alice))).status_code == 200:
             assert time.monotonic() < end
             await asyncio.sleep(0.05)

@@ -68,16 +68,17 @@ def test_fewer_dimensions_have_length_one_again(client: openai.OpenAI, embedder:
 
 
 def test_a_language_model_gives_the_mean_of_its_hidden_states(client: openai.OpenAI, model_folder: Path) -> None:
-    found = vectors_of(client.embeddings.create(model="tiny", input=TEXTS))
+    texts = [text for text in TEXTS if text]  # of an empty one it reads a single token, whose vector is 0
+    found = vectors_of(client.embeddings.create(model="tiny", input=texts))
     with Engine(model_folder, EngineConfig(kv_memory=64)) as engine:
-        expected = engine.embed(TEXTS).numpy()
+        expected = engine.embed(texts).numpy()
     assert np.abs(found - expected / np.linalg.norm(expected, axis=1, keepdims=True)).max() < 1e-5
     cut = client.embeddings.create(model="tiny", input=TEXTS[:1], extra_body={"truncate_prompt_tokens": 4})
     assert cut.usage.prompt_tokens == 4
 
 
 def test_many_texts_at_once(client: openai.OpenAI, embedder: Embedder) -> None:
-    texts = [f"{i} " * (i % 7) for i in range(300)]
+    texts = [f"{i} " * (i % 7) for i in range(100)]
     found = vectors_of(client.embeddings.create(model="minilm", input=texts, encoding_format="float"))
     assert np.abs(found - embedder.encode(texts)).max() < 1e-6
 

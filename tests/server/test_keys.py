@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from guarded_app import make_key
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from danlu import (
@@ -39,8 +39,14 @@ from danlu.server.key_file import Limits, add_key, end_key, read_keys
 from danlu.server.keys import LOCAL, Admission, Caller, Keys
 from danlu.server.usage import Usage
 
-names = st.text(min_size=1, max_size=64).filter(lambda text: text.isprintable() and text == text.strip())
+names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=64)
 limit = st.none() | st.integers(1, 2**40)
+fields = st.sampled_from(["version", "keys", "id", "name", "sha256", "created", "models", "revoked", "tokens_total"])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(fields, inner, max_size=5),
+    max_leaves=8,
+)
 limits = st.builds(Limits, requests_per_minute=limit, tokens_per_minute=limit, tokens_per_day=limit, tokens_total=limit)
 
 
@@ -54,14 +60,16 @@ def used() -> Iterator[Usage]:
 # ------------------------------------------------------------------------------------------------------- the file
 
 
-@given(st.dictionaries(names, st.tuples(limits, st.none() | st.lists(names, max_size=3).map(tuple))), st.data())
-@settings(max_examples=25, deadline=None)
+@given(
+    made=st.dictionaries(names, st.tuples(limits, st.none() | st.lists(names, max_size=3).map(tuple)), max_size=4),
+    data=st.data(),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_keys_come_back_from_the_file_as_they_were(
-    tmp_path_factory: pytest.TempPathFactory,
-    made: dict[str, tuple[Limits, tuple[str, ...] | None]],
-    data: st.DataObject,
+    tmp_path: Path, made: dict[str, tuple[Limits, tuple[str, ...] | None]], data: st.DataObject
 ) -> None:
-    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    path = tmp_path / "keys.json"
+    path.unlink(missing_ok=True)
     kept = {}
     for name, (key_limits, models) in made.items():
         kept[name], secret = add_key(path, name, models=models, limits=key_limits)
@@ -79,12 +87,12 @@ def test_keys_come_back_from_the_file_as_they_were(
     assert again.id != kept[gone].id
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["version", "keys", "id", "name", "sha256", "created", "models", "revoked", "tokens_total"]) | st.text(), inner)))  # fmt: skip  # noqa: E501
-@settings(max_examples=100, deadline=None)
-def test_another_json_is_told_to_be_no_file_of_keys(tmp_path_factory: pytest.TempPathFactory, content: object) -> None:
-    path = tmp_path_factory.mktemp("keys") / "keys.json"
-    for text in (json.dumps(content), json.dumps({"version": 1, "keys": [content]})):
-        path.write_text(text)
+@given(rows=json_values)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_another_json_is_told_to_be_no_file_of_keys(tmp_path: Path, rows: object) -> None:
+    path = tmp_path / "keys.json"
+    for content in (rows, {"version": 1, "keys": [rows]}):
+        path.write_text(json.dumps(content))
         with pytest.raises(DanluError, match=r"keys\.json"):
             read_keys(path)
 
@@ -228,21 +236,22 @@ def test_every_key_is_compared_whichever_is_right(tmp_path: Path, used: Usage, m
 
 
 def test_changes_of_the_file_are_seen_within_a_second(tmp_path: Path, used: Usage) -> None:
+    assert module.LOOK_EVERY < 1
     path = tmp_path / "keys.json"
     keys = Keys(path, used)
     assert not keys.required
     alice = make_key(tmp_path, "alice")
-    assert within_a_second(lambda: keys.required)
+    assert soon(lambda: keys.required)
     assert keys.check(alice.encode(), "").name == "alice"
     bob = make_key(tmp_path, "bob")
-    assert within_a_second(lambda: is_valid(keys, bob))
+    assert soon(lambda: is_valid(keys, bob))
     end_key(path, "alice")
-    assert within_a_second(lambda: not is_valid(keys, alice))
+    assert soon(lambda: not is_valid(keys, alice))
     assert is_valid(keys, bob)
 
 
 def test_a_file_that_breaks_or_goes_keeps_the_last_good_keys(
-    tmp_path: Path, used: Usage, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, used: Usage, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys.json"
     alice = make_key(tmp_path, "alice")
@@ -255,14 +264,16 @@ def test_a_file_that_breaks_or_goes_keeps_the_last_good_keys(
     time.sleep(0.6)
     assert is_valid(keys, alice)
     assert keys.required
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.count("warning: the keys stay as they were") == 2
     time.sleep(0.6)
     assert is_valid(keys, alice)
-    assert not capsys.readouterr().err  # told once
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split(" (")[0] for text in told] == [  # each once
+        f"the keys stay as they were: {path}:1: is not valid JSON",
+        f"the keys stay as they were: {path}: cannot be read",
+    ]
     path.write_bytes(good)
     end_key(path, "alice")
-    assert within_a_second(lambda: not is_valid(keys, alice))
+    assert soon(lambda: not is_valid(keys, alice))
     assert keys.required
 
 
@@ -463,8 +474,9 @@ def is_valid(keys: Keys, secret: str) -> bool:
     return True
 
 
-def within_a_second(holds: module.Callable[[], bool]) -> bool:
-    end = time.monotonic() + 1
+def soon(holds: module.Callable[[], bool]) -> bool:
+    """Whether it comes to hold; a busy machine gets more than the second that users are promised."""
+    end = time.monotonic() + 5
     while time.monotonic() < end:
         if holds():
             return True

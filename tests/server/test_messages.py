@@ -97,15 +97,23 @@ def test_a_stream_tells_the_same(client: Anthropic, tiny_url: str) -> None:
     with client.messages.stream(**greedy()) as stream:
         assert "".join(stream.text_stream) == text_of(message)
         final = stream.get_final_message()
-    assert (final.stop_reason, final.content) == (message.stop_reason, message.content)
+    assert (final.stop_reason, text_of(final)) == (message.stop_reason, text_of(message))
+    assert final.usage.output_tokens == 12
 
 
 def test_the_context_can_be_full(client: Anthropic) -> None:
-    counted = client.messages.count_tokens(model="tiny", messages=ASK).input_tokens
     with pytest.raises(anthropic.BadRequestError, match="context of") as found:
-        create(client, max_tokens=1 << 20)
+        create(client, max_tokens=20_000)
     context = int(str(found.value).split("context of ")[1].split()[0])
-    message = create(client, max_tokens=context)
+
+    def long(n: int) -> tuple[Any, int]:
+        messages: Any = [{"role": "user", "content": "7" * n}]
+        return messages, client.messages.count_tokens(model="tiny", messages=messages).input_tokens
+
+    _, short = long(1)
+    messages, counted = long(context - short - 4)
+    assert context - 12 < counted < context
+    message = create(client, messages=messages)
     assert message.stop_reason == "model_context_window_exceeded"
     assert message.usage.output_tokens == context - counted
 
@@ -116,6 +124,55 @@ def test_tokens_are_counted_as_the_model_reads_them(client: Anthropic) -> None:
     counted = validated(MessageTokensCount, raw.http_response.json()).input_tokens
     usage = create(client, **asked).usage
     assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+def test_a_conversation_is_the_same_through_every_api(client: Anthropic, openai_client: OpenAI) -> None:
+    """The model reads as many tokens: reasoning, calls and results are where they belong."""
+    arguments = {"city": "Paris", "days": 1}
+    use: Any = {"type": "tool_use", "id": "call_1", "name": "get_weather", "input": arguments}
+    messages: Any = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "Let me look.", "signature": ""}, {"type": "text", "text": "I look."}, use,
+        ]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "call_1", "content": "sunny"}]},
+        {"role": "assistant", "content": "It is sunny."},
+        {"role": "user", "content": "more"},
+    ]  # fmt: skip
+    counted = client.messages.count_tokens(model="tiny", messages=messages, system="Be brief.", tools=[TOOL])
+    items: Any = [
+        {"role": "user", "content": "hello"},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [{"type": "reasoning_text", "text": "Let me look."}],
+        },
+        {"role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {"type": "function_call", "call_id": "call_1", "name": "get_weather", "arguments": json.dumps(arguments)},
+        {"type": "function_call_output", "call_id": "call_1", "output": [{"type": "input_text", "text": "sunny"}]},
+        {"role": "assistant", "content": "It is sunny."},
+        {"role": "user", "content": "more"},
+    ]
+    function: Any = {"name": "get_weather", "description": "Weather.", "parameters": WEATHER}
+    responses = openai_client.responses.input_tokens.count(
+        model="tiny", input=items, instructions="Be brief.", tools=[{"type": "function", "strict": False, **function}]
+    )
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
+    said: Any = {"role": "assistant", "content": "I look.", "reasoning_content": "Let me look.", "tool_calls": [call]}
+    chat = openai_client.chat.completions.create(
+        model="tiny", max_tokens=1, tools=[{"type": "function", "function": function}], tool_choice="none",
+        messages=[
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hello"},
+            said,
+            {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+            {"role": "assistant", "content": "It is sunny."},
+            {"role": "user", "content": "more"},
+        ],
+    )  # fmt: skip
+    assert chat.usage is not None
+    assert counted.input_tokens == responses.input_tokens == chat.usage.prompt_tokens
 
 
 def test_stop_sequences(client: Anthropic) -> None:
@@ -153,7 +210,7 @@ def test_blocks_are_read_as_text(client: Anthropic) -> None:
 def test_smollm2_answers(smollm2_url: str) -> None:
     with Anthropic(base_url=smollm2_url, api_key="none") as client:
         message = client.messages.create(
-            model="smollm2", max_tokens=60, messages=[{"role": "user", "content": "Say hi."}]
+            model="smollm2", max_tokens=60, messages=[{"role": "user", "content": "Say hi."}], extra_body={"top_k": 1}
         )
     assert message.stop_reason == "end_turn"
     assert message.stop_sequence is None
@@ -212,7 +269,9 @@ class Reading(BaseModel):
 def test_structured_answers(client: Anthropic) -> None:
     message = client.messages.parse(model="tiny", max_tokens=400, messages=ASK, output_format=Reading)
     assert isinstance(message.parsed_output, Reading)
-    schema = Reading.model_json_schema()
+    again: Any = [*ASK, {"role": "assistant", "content": message.content}, *ASK]
+    assert text_of(create(client, messages=again))
+    schema = Reading.model_json_schema() | {"additionalProperties": False}
     config: Any = {"format": {"type": "json_schema", "schema": schema}}
     jsonschema.validate(json.loads(text_of(create(client, output_config=config, max_tokens=400))), schema)
 
@@ -233,6 +292,7 @@ REFUSED = [
     ({"output_config": {"effort": "high"}}, "output_config.effort"),
     ({"output_config": {"effort": "high"}, "thinking": {"type": "disabled"}}, "output_config.effort"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
+    ({"tools": [OTHER, OTHER]}, "tools.1.name"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "another"}}, "tool_choice.name"),
     ({"service_tier": "auto"}, "service_tier"),

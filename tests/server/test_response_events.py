@@ -13,7 +13,8 @@ from sdk_types import sse_events, validated, validated_event
 from danlu.server.answer_parts import Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
 from danlu.server.protocol import TokenLogprob
 from danlu.server.response_events import ResponseWriter
-from danlu.server.response_schema import CreateResponse, ResponseReply
+from danlu.server.response_replies import ResponseReply
+from danlu.server.response_schema import CreateResponse
 from danlu.server.responses import new_response
 from danlu.server.turn import TurnEvent
 
@@ -130,9 +131,12 @@ def test_log_probabilities_are_those_of_the_text() -> None:
     events, response = written(
         turn(logprobs=tokens[:1]),
         turn(Said("Hey"), logprobs=tokens[1:2]),
-        turn(ToolCallBegun(0, "c", "f"), ToolCallArguments(0, "{}"), logprobs=tokens[2:]),
+        turn(ToolCallBegun(0, "c", "f"), logprobs=tokens[2:]),
+        turn(ToolCallArguments(0, "{}"), logprobs=tokens[2:]),
+        turn(Said("y"), logprobs=tokens[1:2]),
         logprobs=True,
     )
+    assert [one.token for one in response.output[2].content[0].logprobs] == ["y"]
     logprobs = response.output[0].content[0].logprobs
     assert [one.token for one in logprobs] == ["He", "y"]
     assert bytes(logprobs[0].bytes) == b"He"

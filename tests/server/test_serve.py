@@ -12,11 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from otlp_collector import Collector, attributes, collecting
+from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess
 
 from danlu.errors import DanluError
@@ -44,13 +47,52 @@ def start(model_folder: Path, tmp_path: Path) -> Iterator[Any]:
             server.kill()
 
 
+@dataclass
+class Watched:
+    """A server that says all it can, to systemd too; and what it answered before it was ready."""
+
+    server: ServerProcess
+    told_systemd: bytes
+    collector: Collector
+    early: list[httpx.Response]
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        for family in text_string_to_metric_families(client.get(f"{self.server.url}/metrics").text):
+            for sample in family.samples:
+                if sample.name == f"danlu_{name}" and labels.items() <= sample.labels.items():
+                    return sample.value
+        return None
+
+    def log_of(self, request_id: str) -> list[dict[str, Any]]:
+        return [line for line in map(json.loads, self.server.lines) if line.get("request_id") == request_id]
+
+
+@pytest.fixture(scope="module")
+def watched(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    address = folder / "systemd"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, collecting() as collector:
+        systemd.bind(str(address))
+        systemd.settimeout(60)
+        options = ("--host=localhost", "--log-format=json", "--log-prompts", f"--traces={collector.url}")
+        env = {"NOTIFY_SOCKET": str(address), "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        server = ServerProcess(f"--model=tiny={model_folder}", *options, data=folder / "data", env=env)
+        try:
+            server.wait_until_listening()
+            early = [client.get(server.url + path) for path in ("/health/live", "/health/ready")]
+            yield Watched(server.wait_until_ready(), systemd.recv(100), collector, early)
+        finally:
+            assert server.stop() == 0
+        assert systemd.recv(100) == b"STOPPING=1"
+
+
 def workers(server: ServerProcess) -> list[int]:
     """Its child processes."""
     pid = server.process.pid
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_until(condition: Any, seconds: float = 15) -> None:
+def wait_until(condition: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come true"
@@ -75,7 +117,9 @@ class Stream:
     def _read(self, url: str, body: dict[str, Any]) -> None:
         try:
             with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-                self.events += [line[6:] for line in response.iter_lines() if line.startswith("data: ")]
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        self.events.append(line[6:])
         except httpx.HTTPError as error:
             self.error = error
 
@@ -136,50 +180,31 @@ def test_a_first_model_that_cannot_be_loaded_ends_the_server(start: Any, tmp_pat
     assert "Traceback" not in server.log
 
 
-# ------------------------------------------------------------------------------------------------ start
+# ------------------------------------------------------------------------------------------------ what it says
 
 
-def test_it_answers_while_it_loads_and_says_when_it_is_ready(start: Any) -> None:
-    server = start().wait_until_listening()
-    live = client.get(f"{server.url}/health/live")
-    early = client.get(f"{server.url}/health/ready")
+def test_it_answers_while_it_loads_and_says_when_it_is_ready(watched: Watched) -> None:
+    live, loading = watched.early
     assert (live.status_code, live.json()) == (200, {"status": "alive"})
-    assert (early.status_code, early.json()) == (503, {"status": "loading", "models": 1, "loaded": 0})
-    server.wait_until_ready()
+    assert (loading.status_code, loading.json()) == (503, {"status": "loading", "models": 1, "loaded": 0})
     for path in ("/health/ready", "/health"):
-        ready = client.get(server.url + path)
+        ready = client.get(watched.server.url + path)
         assert (ready.status_code, ready.json()) == (200, {"status": "ready", "models": 1, "loaded": 1})
-        head = client.head(server.url + path)
+    for path in ("/health/live", "/health/ready", "/health"):
+        head = client.head(watched.server.url + path)
         assert (head.status_code, head.content) == (200, b"")
-    assert client.head(f"{server.url}/health/live").status_code == 200
-    for told in (f"page  {server.url}/", f"API   {server.url}/v1", "Ctrl-C stops it"):
-        assert told in server.log
+    assert watched.told_systemd == b"READY=1"
 
 
-def test_the_front_holds_no_torch_and_no_numpy(tiny_server: ServerProcess) -> None:
-    maps = Path(f"/proc/{tiny_server.process.pid}/maps").read_text()
-    assert "libpython" in maps or "python" in maps
+def test_the_front_holds_no_torch_and_no_numpy(watched: Watched) -> None:
+    maps = Path(f"/proc/{watched.server.process.pid}/maps").read_text()
+    assert "pydantic_core" in maps
     assert "torch" not in maps
     assert "numpy" not in maps
-    (worker,) = workers(tiny_server)
-    assert "torch" in Path(f"/proc/{worker}/maps").read_text()
 
 
-def test_with_keys_it_may_be_public_and_health_needs_none(start: Any, tmp_path: Path) -> None:
-    _, secret = add_key(tmp_path / "data" / "keys.json", "ann", limits=Limits())
-    server = start("--host", "0.0.0.0").wait_until_ready()
-    assert "http://127.0.0.1:" in server.url
-    for path in ("/v1/models", "/metrics"):
-        assert client.get(server.url + path).status_code == 401
-        assert client.get(server.url + path, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
-    assert client.get(f"{server.url}/health/live").status_code == 200
-    assert secret not in server.log
-    assert "key=ann" in server.log
-
-
-def test_localhost_is_all_of_its_addresses(start: Any) -> None:
-    server = start("--host", "localhost").wait_until_listening()
-    port = int(server.url.rpartition(":")[2])
+def test_localhost_is_all_of_its_addresses(watched: Watched) -> None:
+    port = int(watched.server.url.rpartition(":")[2])
     addresses = {address[0] for *_, address in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM)}
     for address in addresses:
         with socket.create_connection((address, port)) as one:
@@ -187,96 +212,95 @@ def test_localhost_is_all_of_its_addresses(start: Any) -> None:
             assert one.recv(100).startswith(b"HTTP/1.1 200")
 
 
-def test_systemd_is_told(start: Any, tmp_path: Path) -> None:
-    address = tmp_path / "notify"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(address))
-        systemd.settimeout(60)
-        server = start(NOTIFY_SOCKET=str(address))
-        assert systemd.recv(100) == b"READY=1"
-        server.wait_until_ready()
-        assert server.stop() == 0
-        assert systemd.recv(100) == b"STOPPING=1"
-
-
-# ------------------------------------------------------------------------------------------------ logs and metrics
-
-
-def test_a_log_in_json_is_json_to_the_last_line(start: Any, model_folder: Path) -> None:
-    server = start("--log-format=json", "--max-running=8").wait_until_ready()
-    Stream(server.url, 1, 8).end()
-    client.get(f"{server.url}/%0aforged\x1b", params={"key": "sekrit"})
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as garbage:
+def test_a_log_in_json_is_json_to_the_last_line(watched: Watched) -> None:
+    url = watched.server.url
+    body = {**CHAT, "stream": False, "max_tokens": 8, "messages": [{"role": "user", "content": "a wish\n"}]}
+    client.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "wish"})
+    client.get(f"{url}/%0aforged%1b", params={"key": "sekrit"}, headers={"x-request-id": "forged"})
+    with socket.create_connection(("localhost", int(url.rpartition(":")[2]))) as garbage:
         garbage.sendall(b"\x00\x01\r\n\r\n")
         garbage.recv(1000)
-    os.kill(workers(server)[0], signal.SIGKILL)
-    wait_until(lambda: "ended by itself" in server.log)
-    assert server.stop() == 0
-    lines = [json.loads(line) for line in server.lines]
-    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
-    (line,) = [line for line in lines if line.get("route") == "/v1/chat/completions"]
+    wait_until(lambda: watched.log_of("forged") and watched.log_of("wish"))
+    (line,) = watched.log_of("wish")
     assert (line["model"], line["key"], line["completion_tokens"], line["finish"]) == ("tiny", "local", 8, "length")
     assert line["ttft_ms"] > 0
-    assert line["request_id"]
-    assert "prompt" not in line
-    assert "sekrit" not in server.log
+    assert "a wish\n" in json.dumps(line["prompt"], ensure_ascii=False).replace("\\n", "\n")
+    assert len(line["answers"]) == 1
+    assert watched.log_of("forged")[0]["path"] == "/\nforged\x1b"
+    lines = [json.loads(line) for line in watched.server.lines]
+    assert {"time", "level", "logger", "message"} <= set.intersection(*map(set, lines))
+    assert "sekrit" not in watched.server.log
 
 
-def test_what_was_asked_is_logged_only_if_that_is_wanted(start: Any, tiny_server: ServerProcess) -> None:
+def test_a_log_without_prompts_has_none(tiny_server: ServerProcess) -> None:
     body = {**CHAT, "stream": False, "max_tokens": 2, "messages": [{"role": "user", "content": "my secret wish"}]}
-    server = start("--log-prompts").wait_until_ready()
-    for one in (server, tiny_server):
-        assert client.post(f"{one.url}/v1/chat/completions", json=body).status_code == 200
-        wait_until(lambda one=one: "completion_tokens=2" in one.log)
-    assert "my secret wish" in server.log
+    response = client.post(f"{tiny_server.url}/v1/chat/completions", json=body)
+    wait_until(lambda: response.headers["x-request-id"] in tiny_server.log)
     assert "my secret wish" not in tiny_server.log
 
 
-def test_metrics_tell_what_the_server_does(start: Any) -> None:
-    server = start().wait_until_ready()
+def test_traces_tell_what_the_engine_did(watched: Watched) -> None:
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    body = {**CHAT, "stream": False, "max_tokens": 20, "temperature": 0}
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}
+    client.post(f"{watched.server.url}/v1/chat/completions", json=body, headers=headers)
 
-    def metric(name: str, **labels: str) -> float | None:
-        from prometheus_client.parser import text_string_to_metric_families
+    def spans() -> dict[str, Any]:
+        return {span.name: span for span in watched.collector.spans if span.trace_id.hex() == trace}
 
-        for family in text_string_to_metric_families(client.get(f"{server.url}/metrics").text):
-            for sample in family.samples:
-                if sample.name == f"danlu_{name}" and labels.items() <= sample.labels.items():
-                    return sample.value
-        return None
+    wait_until(lambda: len(spans()) == 4)
+    server, *phases = (spans()[name] for name in ("POST /v1/chat/completions", "queue", "prefill", "decode"))
+    found = attributes(server)
+    assert (found["gen_ai.request.model"], found["gen_ai.usage.output_tokens"]) == ("tiny", 20)
+    assert found["gen_ai.request.max_tokens"] == 20
+    assert "hi" in found["gen_ai.input.messages"]
+    times = [(phase.start_time_unix_nano, phase.end_time_unix_nano) for phase in phases]
+    assert all(begin < end for begin, end in times)
+    assert times[-1][0] < times[-1][1] <= server.end_time_unix_nano + 5_000_000  # clocks of two processes
+    assert server.start_time_unix_nano <= times[0][0]
 
-    Stream(server.url, 2, 10).end()
-    route = "/v1/chat/completions"
-    wait_until(lambda: metric("requests_total", model="tiny", route=route, status="200") == 1)
-    assert metric("completion_tokens_total", model="tiny") == 20
-    assert metric("engine_new_tokens_total", model="tiny") == 20
-    assert metric("time_to_first_token_seconds_count", model="tiny") == 1
-    assert metric("inter_token_seconds_count", model="tiny") == 18
-    assert (metric("running", model="tiny"), metric("queue", model="tiny")) == (0, 0)
-    assert metric("cache_blocks_used", model="tiny") == 0
-    assert metric("model_loaded", model="tiny") == 1
-    assert (metric("model_memory_bytes", model="tiny") or 0) > 50e6
-    assert client.post(f"{server.url}/v1/chat/completions", json={**CHAT, "model": "x" * 50}).status_code == 404
-    assert metric("errors_total", code="model_not_found") == 1
-    with client.stream("POST", server.url + route, json={**CHAT, "n": 8, "max_tokens": 3000}) as response:
+
+def test_metrics_tell_what_the_server_does(watched: Watched) -> None:
+    route, tiny = "/v1/chat/completions", {"model": "tiny"}
+
+    def counts() -> list[float]:
+        names = ("completion_tokens_total", "engine_new_tokens_total", "time_to_first_token_seconds_count",
+                 "inter_token_seconds_count")  # fmt: skip
+        return [watched.metric(name, **tiny) or 0 for name in names]
+
+    before = counts()
+    Stream(watched.server.url, 2, 10).end()
+    wait_until(lambda: [now - then for now, then in zip(counts(), before, strict=True)] == [20, 20, 1, 18])
+    assert (watched.metric("requests_total", route=route, status="200", **tiny) or 0) >= 1
+    for name in ("running", "queue", "requests_in_flight", "cache_blocks_used"):
+        wait_until(lambda name=name: watched.metric(name, **tiny) == 0)
+    assert watched.metric("model_loaded", **tiny) == 1
+    assert (watched.metric("model_memory_bytes", **tiny) or 0) > 50e6
+    assert client.post(watched.server.url + route, json={**CHAT, "model": "x" * 50}).status_code == 404
+    assert watched.metric("errors_total", code="model_not_found") == 1
+
+    with client.stream("POST", watched.server.url + route, json={**CHAT, "n": 8, "max_tokens": 3000}) as response:
         next(response.iter_lines())
-    wait_until(lambda: metric("aborts_total", model="tiny", reason="disconnect") == 1)
-    wait_until(lambda: (metric("running", model="tiny"), metric("requests_in_flight", model="tiny")) == (0, 0))
-    os.kill(workers(server)[0], signal.SIGKILL)
-    wait_until(lambda: metric("model_crashes_total", model="tiny") == 1)
-    assert metric("model_memory_bytes", model="tiny") == 0
-    assert client.get(f"{server.url}/health/ready").status_code == 200
-    Stream(server.url, 1, 5).end()
-    assert metric("engine_new_tokens_total", model="tiny") >= 25
-    assert metric("model_loads_total", model="tiny") == 2
+    wait_until(lambda: watched.metric("aborts_total", reason="disconnect", **tiny) == 1)
+    wait_until(lambda: (watched.metric("running", **tiny), watched.metric("requests_in_flight", **tiny)) == (0, 0))
+
+    told = watched.metric("engine_new_tokens_total", **tiny) or 0
+    os.kill(workers(watched.server)[0], signal.SIGKILL)
+    wait_until(lambda: watched.metric("model_crashes_total", **tiny) == 1)
+    assert watched.metric("model_memory_bytes", **tiny) == 0
+    assert client.get(f"{watched.server.url}/health/ready").status_code == 200  # the next request loads it
+    Stream(watched.server.url, 1, 5).end()
+    wait_until(lambda: watched.metric("engine_new_tokens_total", **tiny) == told + 5)
+    assert watched.metric("model_loads_total", **tiny) == 2
 
 
 # ------------------------------------------------------------------------------------------------ the end
 
 
-def test_sigterm_lets_what_runs_end_and_nothing_new_in(start: Any) -> None:
-    server = start("--drain", "25").wait_until_ready()
+def test_sigterm_lets_what_runs_end_and_cuts_off_what_takes_too_long(start: Any) -> None:
+    server = start("--drain=2").wait_until_ready()
     pids = workers(server)
-    stream = Stream(server.url, 16, 1500)
+    long, short = Stream(server.url, 16, 3900), Stream(server.url, 1, 60)
     server.process.send_signal(signal.SIGTERM)
     wait_until(lambda: client.get(f"{server.url}/health/ready").status_code == 503)
     assert client.get(f"{server.url}/health/ready").json()["status"] == "draining"
@@ -284,65 +308,62 @@ def test_sigterm_lets_what_runs_end_and_nothing_new_in(start: Any) -> None:
     refused = client.post(f"{server.url}/v1/chat/completions", json=CHAT)
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
     assert refused.json()["error"]["code"] == "shutting_down"
-    events = stream.end()
-    assert events[-1] == "[DONE]"
-    reasons = [json.loads(event)["choices"][0]["finish_reason"] for event in events[:-1]]
-    assert reasons.count("length") == 16
-    assert server.stop() == 0
-    assert gone(pids)
-    assert "Traceback" not in server.log
-
-
-def test_what_takes_longer_than_the_drain_ends_with_an_error(start: Any) -> None:
-    server = start("--drain", "0.3").wait_until_ready()
-    pids = workers(server)
-    stream = Stream(server.url, 32, 3500)
-    begun = time.monotonic()
-    assert server.stop() == 0
-    assert time.monotonic() - begun < 6
-    events = stream.end()
-    assert stream.error is None
-    error = next(json.loads(event)["error"] for event in events if '"error"' in event)
+    assert server.process.wait(60) == 0
+    assert short.end()[-1] == "[DONE]"
+    assert "length" in short.end()[-2]
+    assert (long.error, short.error) == (None, None)
+    error = next(json.loads(event)["error"] for event in long.end() if '"error"' in event)
     assert error["code"] == "shutting_down"
     assert gone(pids)
     assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("when", ["idle", "loading"])
-def test_ctrl_c_ends_it_and_says_so(start: Any, when: str) -> None:
-    server = start().wait_until_listening()
-    if when == "idle":
-        server.wait_until_ready()
-    wait_until(lambda: workers(server))
+def test_with_keys_it_may_be_public_and_ctrl_c_ends_it(start: Any, tmp_path: Path) -> None:
+    _, secret = add_key(tmp_path / "data" / "keys.json", "ann", limits=Limits())
+    server = start("--host=0.0.0.0").wait_until_listening()
+    for path in ("/v1/models", "/metrics"):
+        assert client.get(server.url + path).status_code == 401
+        assert client.get(server.url + path, headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert client.get(f"{server.url}/health/live").status_code == 200
+    wait_until(lambda: "docs " in server.log and "key=ann" in server.log)
+    for told in (f"page  {server.url}/", f"API   {server.url}/v1", "Ctrl-C stops it"):
+        assert told in server.log
+    assert server.url.startswith("http://127.0.0.1:")
+    assert secret not in server.log
     pids = workers(server)
     assert server.stop(signal.SIGINT) == 130
-    assert server.log.endswith("interrupted\n")
+    wait_until(lambda: server.log.endswith("interrupted\n"))
     assert "Traceback" not in server.log
     wait_until(lambda: gone(pids))
 
 
+def test_a_hub_that_does_not_answer_does_not_keep_it_from_ending(start: Any, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "DANLU_HOME": str(tmp_path)}
+        server = start(model="hf:some/model", **env).wait_until_listening()
+        asked, _ = hub.accept()
+        with asked:
+            assert asked.recv(4)
+            assert server.stop(seconds=10) == 0
+
+
 def test_a_second_signal_ends_it_at_once(start: Any) -> None:
-    server = start("--drain", "600").wait_until_ready()
+    server = start("--drain=600").wait_until_ready()
     pids = workers(server)
-    Stream(server.url, 32, 3500)
+    Stream(server.url, 16, 3900)
     server.process.send_signal(signal.SIGTERM)
     wait_until(lambda: "ending: " in server.log)
-    begun = time.monotonic()
-    assert server.stop() != 0
-    assert time.monotonic() - begun < 2
+    assert server.stop(seconds=5) == 128 + signal.SIGTERM
     wait_until(lambda: gone(pids))
 
 
-@pytest.mark.parametrize("when", ["idle", "busy", "loading", "stopped"])
+@pytest.mark.parametrize("when", ["loading", "stopped"])
 def test_no_process_outlives_a_server_that_is_killed(start: Any, when: str) -> None:
     server = start().wait_until_listening()
     wait_until(lambda: workers(server))
     pids = workers(server)
-    if when != "loading":
-        server.wait_until_ready()
-    if when == "busy":
-        Stream(server.url, 32, 3500)
     if when == "stopped":  # it cannot see that its socket was closed
+        server.wait_until_ready()
         os.kill(pids[0], signal.SIGSTOP)
     server.kill()
     try:

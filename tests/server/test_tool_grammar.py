@@ -50,7 +50,7 @@ def tokenizer(model_folder: Path) -> Tokenizer:
     return Tokenizer.load(model_folder)
 
 
-def written(tokenizer: Tokenizer, lark: str, seed: int, liked: str = '"}]<') -> str | None:
+def written(tokenizer: Tokenizer, lark: str, seed: int, liked: str = '"}]<,;') -> str | None:
     """What a random model writes under a grammar, with a liking for some characters and the end; None: cut off."""
     grammar = Grammar.compile(SamplingParams(grammar=lark), tokenizer)
     sampler = SequenceSampler(SamplingParams(), [1], tokenizer.vocab_size, tokenizer.stop_ids, seed, grammar)
@@ -132,7 +132,7 @@ def test_an_answer_of_a_schema_or_calls(tokenizer: Tokenizer) -> None:
     )
     answers, calls_made = set(), 0
     for seed in range(8):
-        text = written(tokenizer, lark, seed, liked='"}]<' if seed % 2 else '"')
+        text = written(tokenizer, lark, seed, liked='"}]<,' if seed % 2 else '"')
         assert text is not None
         _, said, calls = read(text, "hermes")
         assert bool(said) != bool(calls)
@@ -176,6 +176,21 @@ def test_only_strict_tools_are_held_to_their_schemas(tokenizer: Tokenizer) -> No
         text = f'<tool_call>\n{{"name": "{name}", "arguments": {{"a": 1}}}}\n</tool_call>'
         ids = tokenizer.encode(text, allow_special=True)
         assert (grammar.fork()._matcher.try_consume_tokens(ids) == len(ids)) == admitted
+
+
+def test_arguments_that_are_not_declared_are_not_invented(tokenizer: Tokenizer) -> None:
+    def admits(schema: dict[str, Any]) -> bool:
+        tool = {"type": "function", "function": {"name": "now", "strict": True, "parameters": schema}}
+        grammar = Grammar.compile(SamplingParams(grammar=strict_calls([tool])), tokenizer)
+        assert grammar is not None
+        text = '<tool_call>\n{"name": "now", "arguments": {"b": 1}}\n</tool_call>'
+        ids = tokenizer.encode(text, allow_special=True)
+        return bool(grammar.fork()._matcher.try_consume_tokens(ids) == len(ids))
+
+    declared = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert not admits(declared)
+    assert admits(declared | {"additionalProperties": {"type": "integer"}})
+    assert admits({"type": "object", "anyOf": [declared, {"properties": {"b": {"type": "integer"}}}]})
 
 
 def test_large_schemas_fit(tokenizer: Tokenizer) -> None:

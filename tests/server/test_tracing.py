@@ -6,19 +6,15 @@ import asyncio
 import logging
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI, Request
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from otlp_collector import Collector, attributes, collecting
 from starlette.middleware import Middleware
 
 from danlu.engine.config import SamplingParams
@@ -30,43 +26,10 @@ from danlu.server.tracing import Tracing
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
-@dataclass
-class Collector:
-    url: str
-    paths: list[str] = field(default_factory=list)
-    requests: list[ExportTraceServiceRequest] = field(default_factory=list)
-
-    @property
-    def spans(self) -> list[Span]:
-        return [
-            span
-            for request in self.requests
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            found.paths.append(self.path)
-            found.requests.append(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    found = Collector(f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield found
-    server.shutdown()
-    server.server_close()
+    with collecting() as found:
+        yield found
 
 
 def make_app(tracing: Tracing, log_prompts: bool = False) -> FastAPI:
@@ -101,15 +64,6 @@ def ask(app: FastAPI, method: str, path: str, **headers: str) -> httpx.Response:
             return await client.request(method, path, headers=headers)
 
     return asyncio.run(send())
-
-
-def attributes(span: Span) -> dict[str, Any]:
-    found = {}
-    for one in span.attributes:
-        kind = one.value.WhichOneof("value")
-        value = getattr(one.value, kind)
-        found[one.key] = [item.string_value for item in value.values] if kind == "array_value" else value
-    return found
 
 
 def traced(collector: Collector, method: str, path: str, log_prompts: bool = False, **headers: str) -> list[Span]:

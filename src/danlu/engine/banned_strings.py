@@ -29,6 +29,7 @@ class TokenTexts:
         self._sorted = [self.of[i] for i in self._order]
         self._joined = b"".join(self.of)
         self._ends = np.cumsum([len(text) for text in self.of])
+        self.longest = max(map(len, self.of))
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Tokenizer) -> TokenTexts:
@@ -67,14 +68,16 @@ class BannedStrings:
         # what the answer may end with -> tokens that would complete a text then
         self._completing: dict[bytes, list[int]] = {}
         for text in banned:
-            for cut in range(1, len(text)):
-                self._completing.setdefault(text[:cut], []).extend(self._tokens.beginning_with(text[cut:]))
+            for cut in range(max(1, len(text) - self._tokens.longest), len(text)):
+                if ids := self._tokens.beginning_with(text[cut:]):
+                    self._completing.setdefault(text[:cut], []).extend(ids)
+        self._lengths = sorted({len(begun) for begun in self._completing})
         self._longest = max(map(len, banned)) - 1
         self._tail = b""
 
     def completing(self) -> Ids:
         """Tokens that would complete a text."""
-        ends = [self._tail[start:] for start in range(len(self._tail))]
+        ends = [self._tail[-length:] for length in self._lengths if length <= len(self._tail)]
         found = [self._completing[end] for end in ends if end in self._completing]
         return np.concatenate([self._always, *found]).astype(np.int64)
 

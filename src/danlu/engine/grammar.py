@@ -219,7 +219,7 @@ def _from_lark(source: str) -> str:
     source, lark = _read_schemas(source)
     _require_short("grammar", lark, MAX_LARK_CHARS)
     bare = re.sub(_LITERAL, "*", lark)  # what is left are names
-    pieces = re.split(r"^[ \t]*[?!]?([a-zA-Z_]\w*)[^\n:|]*:", bare, flags=re.MULTILINE)
+    pieces = re.split(r"^[ \t]*+[?!]?([a-zA-Z_]\w*+)[^\n:|]*+:", bare, flags=re.MULTILINE)
     bodies = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     sizes: dict[str, int] = {}
     if len(bodies) > MAX_RULES or any(_written_out(name, bodies, sizes) > MAX_TERMINAL for name in bodies):
@@ -230,7 +230,8 @@ def _from_lark(source: str) -> str:
     return LLMatcher.grammar_from_lark(source)
 
 
-_LITERAL = r'//.*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/'
+# It takes time in proportion to the text, whatever is in it: nothing is tried again, and what has no end matches, too.
+_LITERAL = r'//.*|"(?:\\.|[^"\\\n])*+"?|/(?:\\.|[^/\\\n])++/?'
 
 
 def _read_schemas(source: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -58,6 +58,19 @@ ROUTES = (
 TABLES = (usage.TABLE, sessions.TABLE, conversation_store.TABLES, response_store.TABLE)
 
 
+class Application(FastAPI):
+    """FastAPI documents a 422 for whatever it validates; here that is a 400 (see errors.py)."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        if self.openapi_schema is None:
+            for path in super().openapi()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
 def create_app(
     config: ServeConfig,
     *,
@@ -89,16 +102,19 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(preload())
+        documenting = asyncio.create_task(
+            asyncio.to_thread(app.openapi)
+        )  # it would hold up others when it is asked for
         try:
             yield
         finally:
             loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            await asyncio.gather(loading, documenting, return_exceptions=True)
             await models.close()
             await app.state.response_jobs.close()
             await database.close()
 
-    app = FastAPI(
+    app = Application(
         title="danlu",
         version=__version__,
         summary="Language models behind the APIs of OpenAI and Anthropic.",

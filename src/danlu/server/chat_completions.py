@@ -19,13 +19,16 @@ from danlu.server.answer_parts import Part, Reasoning, Said, ToolCallArguments, 
 from danlu.server.chat_request import turn_of
 from danlu.server.chat_schema import ChatRequest
 from danlu.server.errors import ApiError, documented
+from danlu.server.limits import ParsedRoute
 from danlu.server.protocol import TokenLogprob
 from danlu.server.schema import Reply
 from danlu.server.serving import serving_of
-from danlu.server.streaming import EventStream, sse, until_disconnect
+from danlu.server.streaming import DOCUMENTED, EventStream, sse, until_disconnect
 from danlu.server.turn import Told, Turn, TurnEvent, TurnStream, open_turn, whole
 
-router = APIRouter()
+router = APIRouter(route_class=ParsedRoute)
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # json.dumps would make one for each chunk
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI tells of a token that cannot be; JSON has no infinity."""
@@ -133,7 +136,7 @@ class ChatCompletion(Reply):
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **documented(404, 504)},
+    responses={200: {"content": DOCUMENTED}, **documented(404, 504)},
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
@@ -174,9 +177,9 @@ async def _events(
             request.state.error_code = error.code
             yield sse(error.body())
             return
-        if chunks.with_usage:
-            yield chunks.last(_cost(stream))
-        yield sse("[DONE]")
+    if chunks.with_usage:
+        yield chunks.last(_cost(stream))
+    yield sse("[DONE]")  # clients hang up on it: the stack is closed by then
 
 
 class Chunks:
@@ -312,7 +315,3 @@ def _cost(stream: TurnStream) -> dict[str, Any]:
 def _fingerprint(model: str) -> str:
     """Of what answers with the same seed in the same way: the build and the model."""
     return f"fp_{hashlib.sha256(f'{__version__} {model}'.encode()).hexdigest()[:10]}"
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

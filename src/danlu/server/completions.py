@@ -18,12 +18,13 @@ from danlu.server.answer import Answer, Cost
 from danlu.server.completion_schema import Completion, CompletionRequest, params_of, prompts_of, refused
 from danlu.server.errors import ApiError, documented
 from danlu.server.legacy_logprobs import LegacyLogprobs, joined
+from danlu.server.limits import ParsedRoute
 from danlu.server.protocol import FinishReason, Piece, TextPrompt, TokenLogprob, TokenPrompt
 from danlu.server.sampling_fields import NAMES
 from danlu.server.serving import Serving, serving_of
-from danlu.server.streaming import EventStream, sse, until_disconnect
+from danlu.server.streaming import DOCUMENTED, EventStream, sse, until_disconnect
 
-router = APIRouter()
+router = APIRouter(route_class=ParsedRoute)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Asked:
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **documented(404, 504)},
+    responses={200: {"content": DOCUMENTED}, **documented(404, 504)},
 )
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Continue texts."""
@@ -150,14 +151,17 @@ class Work:
                     for index in range(len(writers)):
                         yield self._chunk(head, _part(index, asked[index // self.n].echo))
                 async for number, piece in interleaved(answers):
+                    if piece.finish_reason == "error":
+                        continue  # its reason comes as an exception, when all answers to the prompt have ended
                     index = number * self.n + piece.index
                     logprobs = None if piece.logprobs is None else writers[index].add(_named(piece), piece.text)
                     if piece.text or piece.logprobs or piece.finish_reason:
                         yield self._chunk(head, _part(index, piece.text, logprobs, piece.finish_reason))
-                for event in self._end(head, _usage([answer.usage for answer in answers])):
-                    yield event
             except ApiError as error:
                 yield sse(error.body())
+                return
+        for event in self._end(head, _usage([answer.usage for answer in answers])):
+            yield event  # clients hang up on [DONE]: the stack is closed by then
 
     def _chunk(self, head: dict[str, Any], choice: dict[str, Any]) -> bytes:
         return sse({**head, "choices": [choice], "usage": None} if self.tells_usage else {**head, "choices": [choice]})
@@ -181,7 +185,7 @@ class Work:
         if isinstance(prompt, TextPrompt):
             text = prompt.text
         else:
-            text = await self.serving.detokenize(request, model, prompt.ids)
+            text = await self.serving.detokenize(request, model, prompt.ids, names={"tokens": where})
         if self.body.logprobs is None:
             return Asked(where, prompt, text)
         ids = await self.serving.tokenize(request, model, prompt)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from danlu.server.errors import ApiError, answer_error
 from danlu.server.log_format import log
 
-LAST_WORDS_SECONDS = 2
+LAST_WORDS_SECONDS = 5
 """Requests that were cut off have so long to say so."""
 
 STILL_OPEN = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})

@@ -16,11 +16,12 @@ from starlette.responses import Response
 
 from danlu.server.errors import documented
 from danlu.server.inputs import Inputs, ModelName, Truncate, as_list, is_single
+from danlu.server.limits import ParsedRoute
 from danlu.server.schema import Body, Reply
 from danlu.server.serving import serving_of
 from danlu.server.streaming import until_disconnect
 
-router = APIRouter()
+router = APIRouter(route_class=ParsedRoute)
 
 VECTORS_AT_ONCE: Final = 64
 """Written as numbers before others get their turn: some 10 ms of work."""

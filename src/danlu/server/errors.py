@@ -98,7 +98,7 @@ class AnthropicErrorBody(BaseModel):
 def documented(*more: int, anthropic: bool = False) -> dict[int | str, dict[str, Any]]:
     """`responses=` of a route: every error it may answer with."""
     model = AnthropicErrorBody if anthropic else ErrorBody
-    statuses = {400, 401, 403, 413, 415, 429, 500, 503, *more}
+    statuses = {400, 401, 403, 408, 413, 415, 429, 500, 503, *more}
     return {status: {"model": model, "description": TYPES.get(status, "error")} for status in sorted(statuses)}
 
 
@@ -119,10 +119,10 @@ def from_user_error(error: DanluError, names: Mapping[str, str] | None = None) -
 def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing wrong with a body, a query or a path."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    place = [str(part) for part in first["loc"]]
     where = [
         part
-        for part in where
+        for part in place[place[:1] in (["body"], ["query"], ["path"], ["header"]) :]
         if not re.search(r"[\[(]|^(function-|constrained-|str$|int$|float$|bool$|list$|dict$|[A-Z])", part)
     ]
     param = ".".join(where) or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from danlu.server.sampling_fields import TokenId
 from danlu.server.schema import Text
@@ -31,8 +31,15 @@ Inputs = Annotated[
 ]
 """Text, texts, token ids, or lists of token ids."""
 
+
+def _not_zero(n: int) -> int:
+    if n == 0:
+        raise ValueError("0 tokens say nothing; leave it out, or give -1 for as many as the model reads")
+    return n
+
+
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
-Truncate = Annotated[int, Field(ge=-1, le=1 << 20, json_schema_extra={"not": {"const": 0}})]
+Truncate = Annotated[int, Field(ge=-1, le=1 << 20, json_schema_extra={"not": {"const": 0}}), AfterValidator(_not_zero)]
 """Tokens of a text that are read at most, special tokens included; -1: as many as the model can."""
 
 

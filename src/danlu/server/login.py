@@ -90,18 +90,23 @@ _BODY: dict[str, Any] = {
         "required": True,
         "content": {
             "application/json": {"schema": LoginBody.model_json_schema()},
-            "application/x-www-form-urlencoded": {"schema": LoginBody.model_json_schema()},
+            "application/x-www-form-urlencoded": {
+                "schema": LoginBody.model_json_schema() | {"additionalProperties": True}
+            },
         },
     }
 }
 
 
-@router.post(
-    "/login",
-    summary="Log a browser in",
-    responses=documented() | {200: {"model": LoginReply}, 303: {"description": "Logged in with a form"}},
-    openapi_extra=_BODY,
-)
+_HTML: dict[str, Any] = {"content": {"text/html": {}}}  # a form is answered with a form
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    **{status: told | (_HTML if status in (400, 401, 429) else {}) for status, told in documented().items()},
+    200: {"model": LoginReply},
+    303: {"description": "Logged in with a form"},
+}
+
+
+@router.post("/login", summary="Log a browser in", responses=_ANSWERS, openapi_extra=_BODY)
 async def log_in(request: Request) -> Response:
     """Set the cookie of a session, for the key in a JSON body or a form."""
     keys: Keys = request.app.state.serving.keys

@@ -64,6 +64,7 @@ class ToolUseBlock(Body):
     name: Name
     input: JsonObject
     caller: DirectCaller | None = None
+    toolset_name: None = None
     cache_control: Cached = None
 
 
@@ -86,6 +87,7 @@ class ToolResultBlock(Body):
     tool_use_id: Id
     content: Texts = ""
     is_error: bool | None = Field(None, description='The model reads "Error: " before the content.')
+    toolset_name: None = None
     cache_control: Cached = None
 
 

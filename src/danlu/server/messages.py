@@ -37,7 +37,7 @@ from danlu.server.message_schema import (
     ToolUseBlock,
 )
 from danlu.server.serving import serving_of
-from danlu.server.streaming import EventStream, sse, until_disconnect
+from danlu.server.streaming import DOCUMENTED, EventStream, sse, until_disconnect
 from danlu.server.turn import Effort, JsonSchema, Named, Turn, TurnEvent, TurnStream, count_tokens, open_turn
 
 router = APIRouter(tags=["messages"], route_class=ParsedRoute)
@@ -55,9 +55,7 @@ NAMES = {
 PARAGRAPH = "\n\n"
 """Between blocks of text that a model reads as one."""
 
-_ANSWERED: dict[int | str, dict[str, Any]] = {
-    200: {"model": MessageReply, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+_ANSWERED: dict[int | str, dict[str, Any]] = {200: {"model": MessageReply, "content": DOCUMENTED}}
 
 
 @router.post("/v1/messages", responses={**_ANSWERED, **documented(404, 429, 504, anthropic=True)})
@@ -165,7 +163,7 @@ def _turn(asked: CountTokens, params: SamplingParams) -> Turn:
     return Turn(
         model=asked.model,
         messages=messages,
-        tools=[_chat_tool(tool) for tool in asked.tools or []],
+        tools=_chat_tools(asked.tools or []),
         tool_choice=_choice(choice, asked.tools or []),
         parallel_tool_calls=not getattr(choice, "disable_parallel_tool_use", False),
         structure=JsonSchema(config.format.schema_) if config is not None and config.format is not None else None,
@@ -202,11 +200,16 @@ def _choice(choice: Choice | None, tools: list[CustomTool]) -> Literal["auto", "
     return "none" if isinstance(choice, NoChoice) else "auto"
 
 
-def _chat_tool(tool: CustomTool) -> dict[str, Any]:
-    function = {
-        "name": tool.name, "description": tool.description, "parameters": tool.input_schema, "strict": tool.strict
-    }  # fmt: skip
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+def _chat_tools(tools: list[CustomTool]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for i, tool in enumerate(tools):
+        if tool.name in found:
+            raise _refused(f"tools.{i}.name", f"there are two {tool.name!r}")
+        function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema, "strict": bool(tool.strict)}
+        if tool.description is not None:
+            function["description"] = tool.description
+        found[tool.name] = {"type": "function", "function": function}
+    return list(found.values())
 
 
 def _chat_messages(message: InputMessage, calls: set[str], where: str) -> list[dict[str, Any]]:

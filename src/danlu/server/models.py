@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -147,7 +148,7 @@ class Models:
             if entry.failure is not None and time.monotonic() - entry.failure[0] < RETRY_FAILED_SECONDS:
                 raise entry.failure[1]
             async with self._room:
-                path = await asyncio.to_thread(model_path, entry.source)
+                path = await _fetched(entry.source)
                 await self._make_room(entry, weight_bytes(path))
                 begun = time.monotonic()
                 model = await RemoteModel.start(entry.name, str(path), self.config)
@@ -194,6 +195,35 @@ class Models:
             self.metrics.crashed(entry.name)
             if not self._closed:
                 log.warning("%s: its process has ended by itself; the next request starts it again", entry.name)
+
+
+async def _fetched(source: str) -> Path:
+    """Where a model is, which may be downloaded first.
+
+    The thread is a daemon: one that asyncio knows (`to_thread`) would keep the server from ending while a hub is slow.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Path] = loop.create_future()
+
+    def tell(path: Path | None, error: Exception | None) -> None:
+        if found.done():
+            return
+        if path is not None:
+            found.set_result(path)
+        elif error is not None:
+            found.set_exception(error)
+
+    def fetch() -> None:
+        path, failure = None, None
+        try:
+            path = model_path(source)
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, path, failure)
+
+    threading.Thread(target=fetch, name=f"fetch {source}", daemon=True).start()
+    return await found
 
 
 def weight_bytes(path: Path) -> int:

@@ -60,22 +60,27 @@ class PageFile:
 
 @functools.cache
 def page_files() -> dict[str, PageFile]:
-    """All files of the page by their path below its folder. They are read once: nothing that is asked for later can name
-    a file outside."""
-    found = {}
-    for path in sorted(FOLDER.rglob("*")):
-        if path.suffix in TYPES and path.is_file():
-            plain = path.read_bytes()
-            etag = f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
-            compressed = gzip.compress(plain, mtime=0)
-            found[path.relative_to(FOLDER).as_posix()] = PageFile(TYPES[path.suffix], plain, compressed, etag)
-    return found
+    """All files of the page by their path below its folder. They are read once: what is asked for later can name no
+    file outside."""
+    found = {
+        path.relative_to(FOLDER).as_posix(): _page_file(path.read_bytes(), TYPES[path.suffix])
+        for path in sorted(FOLDER.rglob("*"))
+        if path.suffix in TYPES and path.is_file()
+    }
+    # Where there are keys, whoever sees the page has signed in with one, and may want to sign out.
+    index = found["index.html"].plain.replace(b"<html ", b"<html data-keys ", 1)
+    return {**found, "signed-in.html": _page_file(index, TYPES[".html"])}
+
+
+def _page_file(plain: bytes, media_type: str) -> PageFile:
+    etag = f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
+    return PageFile(media_type, plain, gzip.compress(plain, mtime=0), etag)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def index(request: Request) -> Response:
     """The page."""
-    return _answer(request, page_files()["index.html"])
+    return _answer(request, page_files()["signed-in.html" if request.app.state.serving.keys.required else "index.html"])
 
 
 @router.api_route("/page/{path:path}", methods=["GET", "HEAD"])

@@ -6,19 +6,24 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from danlu.server.errors import ApiError, documented
 from danlu.server.inputs import MOST_INPUTS, ModelName, Truncate
+from danlu.server.limits import ParsedRoute
 from danlu.server.schema import Body, Reply, Text
 from danlu.server.serving import serving_of
 from danlu.server.streaming import until_disconnect
 
-router = APIRouter()
+router = APIRouter(route_class=ParsedRoute)
 
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+Texts = Annotated[
+    Annotated[Text, Tag("str")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True), Tag("list[str]")],
+    Discriminator(lambda value: "list[str]" if isinstance(value, list) else "str"),
+]
 TRUNCATE = (
     "So many tokens of each text (a cross-encoder: of each pair) are read, special tokens included; -1: as many as the "
     "model can. None: longer ones are refused."
@@ -29,8 +34,8 @@ class ScoreRequest(Body):
     """Pairs of texts: each of one list with its counterpart, or one text with each of a list."""
 
     model: ModelName | None = Field(None, description="The first one served, if none is named.")
-    text_1: Text | Texts = Field(description="A text, or a list of texts.")
-    text_2: Text | Texts = Field(description="A text, or a list of as many texts as text_1 has; more if that is one.")
+    text_1: Texts = Field(description="A text, or a list of texts.")
+    text_2: Texts = Field(description="A text, or a list of as many texts as text_1 has; more if that is one.")
     truncate_prompt_tokens: Truncate | None = Field(None, description=TRUNCATE)
     user: str | None = Field(None, max_length=512, description="Accepted, and of no effect.")
 
@@ -67,12 +72,23 @@ class Document(Body):
     text: Text
 
 
+Documents = Annotated[
+    list[
+        Annotated[
+            Annotated[Text, Tag("str")] | Annotated[Document, Tag("Document")],
+            Discriminator(lambda value: "str" if isinstance(value, str) else "Document"),
+        ]
+    ],
+    Field(min_length=1, max_length=MOST_INPUTS, fail_fast=True),
+]
+
+
 class RerankRequest(Body):
     """Texts to bring into the order in which they answer a query."""
 
     model: ModelName | None = Field(None, description="The first one served, if none is named.")
     query: Text
-    documents: list[Text | Document] = Field(min_length=1, max_length=MOST_INPUTS)
+    documents: Documents = Field(description="Texts, or objects with a text.")
     top_n: int | None = Field(None, ge=1, le=1 << 20, description="Tell the best only; None: all.")
     return_documents: bool | None = Field(None, description="Give the texts back too. Default: false.")
     truncate_prompt_tokens: Truncate | None = Field(None, description=TRUNCATE)

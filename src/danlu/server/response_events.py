@@ -54,9 +54,11 @@ class ResponseWriter:
                 events += self._enter("message")
                 events += self._more("output_text", part.text)
             elif isinstance(part, ToolCallBegun):
+                self._logprobs = []  # only texts have some
                 events += self._leave("completed")
                 events += self._add_call(part)
             else:
+                self._logprobs = []
                 assert self._item is not None
                 assert part.call == self._call
                 self._item["arguments"] += part.text
@@ -119,7 +121,6 @@ class ResponseWriter:
         return [*events, self._of_item("response.content_part.added", content_index=0, part=part)]
 
     def _add_call(self, begun: ToolCallBegun) -> list[bytes]:
-        self._logprobs = []
         self._call = begun.call
         return [
             self._add(

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's Responses API: what is asked for, and what is answered.
+"""Bodies of requests of OpenAI's Responses API.
 
 A field that is not declared here is refused by name. These are taken although they change nothing: ``user``,
 ``safety_identifier`` and ``prompt_cache_key`` (known prefixes are always reused), ``service_tier`` "auto" or "default",
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from danlu.server.schema import Body, JsonObject, Metadata, Reply, Text
+from danlu.server.schema import Body, JsonObject, Metadata, Text
 from danlu.server.tagged import by_type
 
 MOST_ITEMS, MOST_TOOLS, MOST_TOP_LOGPROBS = 10_000, 128, 20
@@ -54,6 +54,7 @@ class OutputText(Body):
     text: Text
     annotations: list[JsonObject] = Field([], description="Handed back, not read.")
     logprobs: list[Logprob] | None = Field(None, description="Handed back, not read.")
+    parsed: Any = Field(None, exclude=True, description="What OpenAI's client made of the text; not read.")
 
 
 class Refusal(Body):
@@ -113,6 +114,8 @@ class FunctionCall(Body):
     arguments: Text
     id: Id | None = None
     status: Status | None = None
+    namespace: None = None
+    caller: None = None
 
 
 class FunctionCallOutput(Body):
@@ -123,6 +126,9 @@ class FunctionCallOutput(Body):
     output: OutputContent
     id: Id | None = None
     status: Status | None = None
+    name: Name | None = Field(None, description="Of the function; not read, since its call tells it.")
+    namespace: None = None
+    caller: None = None
 
 
 class SummaryText(Body):
@@ -300,100 +306,3 @@ class CreateResponse(Asked):
     safety_identifier: Annotated[str, Field(max_length=512)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-
-
-# ------------------------------------------------------------------------------------------------ replies
-
-
-class InputTokensDetails(Reply):
-    """Of the input's tokens."""
-
-    cached_tokens: int
-    cache_write_tokens: int
-
-
-class OutputTokensDetails(Reply):
-    """Of the output's tokens."""
-
-    reasoning_tokens: int
-
-
-class ResponseUsage(Reply):
-    """What a response has cost."""
-
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    output_tokens_details: OutputTokensDetails
-    total_tokens: int
-
-
-class ResponseFailure(Reply):
-    """Why there is no answer."""
-
-    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
-    message: str
-
-
-class IncompleteDetails(Reply):
-    """Why an answer is not whole."""
-
-    reason: Literal["max_output_tokens"]
-
-
-class ResponseReply(Reply):
-    """A response, whole or not yet."""
-
-    id: str
-    object: Literal["response"]
-    created_at: int = Field(description="Unix seconds.")
-    completed_at: int | None
-    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-    background: bool
-    error: ResponseFailure | None
-    incomplete_details: IncompleteDetails | None
-    instructions: str | None
-    max_output_tokens: int | None
-    metadata: dict[str, str]
-    model: str
-    output: list[dict[str, Any]] = Field(description="Items: reasoning, message, function_call.")
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    prompt_cache_key: str | None
-    reasoning: dict[str, Any]
-    safety_identifier: str | None
-    service_tier: Literal["default"]
-    temperature: float
-    text: dict[str, Any]
-    tool_choice: str | dict[str, Any]
-    tools: list[dict[str, Any]]
-    top_logprobs: int
-    top_p: float
-    truncation: Literal["disabled"]
-    usage: ResponseUsage | None
-    user: str | None
-
-
-class DeletedReply(Reply):
-    """A response is forgotten."""
-
-    id: str
-    object: Literal["response"]
-    deleted: Literal[True]
-
-
-class ItemListReply(Reply):
-    """Items of the input of a response."""
-
-    object: Literal["list"]
-    data: list[dict[str, Any]]
-    first_id: str
-    last_id: str
-    has_more: bool
-
-
-class InputTokensReply(Reply):
-    """How many tokens an input has."""
-
-    object: Literal["response.input_tokens"]
-    input_tokens: int

@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from danlu.config import validate
@@ -20,23 +20,20 @@ from danlu.server.limits import ParsedRoute
 from danlu.server.response_events import ResponseWriter
 from danlu.server.response_items import ItemDict, input_items, messages_of, new_id
 from danlu.server.response_jobs import Job, jobs_of
+from danlu.server.response_replies import DeletedReply, InputTokensReply, ItemListReply, ResponseReply
 from danlu.server.response_schema import (
     AllowedTools,
     Asked,
     CreateResponse,
-    DeletedReply,
     FunctionChoice,
     FunctionTool,
     Include,
-    InputTokensReply,
-    ItemListReply,
     JsonObjectFormat,
     JsonSchemaFormat,
-    ResponseReply,
 )
 from danlu.server.response_store import ResponseStore, Stored
 from danlu.server.serving import AS_MANY_AS_FIT, Serving, serving_of
-from danlu.server.streaming import EventStream, sse, until_disconnect
+from danlu.server.streaming import DOCUMENTED, EventStream, sse, until_disconnect
 from danlu.server.turn import JsonObject, JsonSchema, Named, Turn, count_tokens, open_turn
 
 router = APIRouter(tags=["responses"], route_class=ParsedRoute)
@@ -54,12 +51,20 @@ NAMES = {
 LOST = "the server ended while it wrote this response"
 
 ResponseId = Annotated[str, Path(min_length=1, max_length=128)]
-Includes = Annotated[list[Include] | None, Query(alias="include[]", max_length=10)]
-"""Named as OpenAI's clients write lists."""
 
-_STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"model": ResponseReply, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
-}
+
+def _check_included(request: Request) -> None:
+    """``include`` asks for nothing that is not told anyway; OpenAI's client calls it ``include[]``."""
+    for name in ("include", "include[]"):
+        for value in request.query_params.getlist(name):
+            if value not in get_args(Include):
+                message = f"include: {value[:100]!r} is not supported by this server; leave it out"
+                raise ApiError(400, message, param="include", code="invalid_value")
+
+
+INCLUDED = [Depends(_check_included)]
+
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"model": ResponseReply, "content": DOCUMENTED}}
 
 
 @router.post("/v1/responses", responses={**_STREAMED, **documented(404, 429, 504)})
@@ -86,17 +91,16 @@ async def count_input_tokens(request: Request, asked: Asked) -> Response:
     return JSONResponse({"object": "response.input_tokens", "input_tokens": n})
 
 
-@router.get("/v1/responses/{response_id}", responses={**_STREAMED, **documented(404)})
+@router.get("/v1/responses/{response_id}", responses={**_STREAMED, **documented(404)}, dependencies=INCLUDED)
 async def get_response(
     request: Request,
     response_id: ResponseId,
     stream: bool = False,
     starting_after: Annotated[int | None, Query(ge=0, lt=1 << 53)] = None,
-    include: Includes = None,
     include_obfuscation: bool = False,
 ) -> Response:
     """A response as it stands. With ``stream``: the events of one that was asked for with ``background``, to its end,
-    from the one whose number is ``starting_after`` + 1. What was to be included is told by whoever asked first."""
+    from the one whose number is ``starting_after`` + 1. It holds what whoever asked for it wanted to be included."""
     if include_obfuscation:
         raise ApiError(400, "include_obfuscation: events are never padded", param="include_obfuscation")
     if starting_after is not None and not stream:
@@ -144,14 +148,17 @@ async def cancel_response(request: Request, response_id: ResponseId) -> Response
     return JSONResponse(response)
 
 
-@router.get("/v1/responses/{response_id}/input_items", responses={200: {"model": ItemListReply}, **documented(404)})
+@router.get(
+    "/v1/responses/{response_id}/input_items",
+    responses={200: {"model": ItemListReply}, **documented(404)},
+    dependencies=INCLUDED,
+)
 async def list_input_items(
     request: Request,
     response_id: ResponseId,
     after: Annotated[str | None, Query(max_length=128)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-    include: Includes = None,
 ) -> Response:
     """What a response had as its input: all items, those of the responses that it goes on from included."""
     items = await ResponseStore(serving_of(request).database).input(caller_of(request).id, response_id)
@@ -184,7 +191,12 @@ def _check(asked: CreateResponse) -> None:
 
 
 def _check_tools(asked: Asked) -> None:
-    choice, names = asked.tool_choice, {tool.name for tool in asked.tools or []}
+    choice, names = asked.tool_choice, set()
+    for i, tool in enumerate(asked.tools or []):
+        if tool.name in names:
+            param = f"tools.{i}.name"
+            raise ApiError(400, f"{param}: there are two {tool.name!r}", param=param, code="invalid_value")
+        names.add(tool.name)
     if choice == "required" and not names:
         raise ApiError(400, "tool_choice: a tool is to be called, and there are none", param="tool_choice")
     wanted = choice.tools if isinstance(choice, AllowedTools) else [choice]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from danlu.config import validate
 from danlu.engine.config import LONGEST_STRING, MOST_BEAMS, MOST_SEQUENCES, MOST_STRINGS, SamplingParams
@@ -18,6 +18,8 @@ from danlu.server.schema import Body, JsonObject, Text
 
 MOST_TOKENS: Final = 1 << 24
 """No model's context is longer; bounds the fields that count tokens."""
+
+MOST_BIASES: Final = 10_000
 
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 StopText = Annotated[str, Field(min_length=1, max_length=LONGEST_STRING)]
@@ -65,6 +67,13 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = Field(None, description="Chunks are never padded: only false is true.")
 
 
+def _require_few(value: Any) -> Any:
+    """Before each of them is looked at."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise ValueError(f"has {len(value)} tokens; at most {MOST_BIASES} can be biased")
+    return value
+
+
 class SamplingFields(Body):
     """How answers are sampled."""
 
@@ -77,7 +86,8 @@ class SamplingFields(Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None,
-        Field(max_length=10_000),
+        Field(max_length=MOST_BIASES),
+        BeforeValidator(_require_few),
     ] = Field(None, description="Added to the logits of tokens, by their ids; -100 all but bars a token.")
 
     top_k: int | None = Field(
@@ -103,7 +113,11 @@ class SamplingFields(Body):
         None, description="The model's own stop tokens do not end the answer. Not in OpenAI's API."
     )
     allowed_token_ids: list[TokenId] | None = Field(
-        None, min_length=1, max_length=100_000, description="Only these and stop tokens are used. Not in OpenAI's API."
+        None,
+        min_length=1,
+        max_length=100_000,
+        fail_fast=True,
+        description="Only these and stop tokens are used. Not in OpenAI's API.",
     )
     bad_words: list[StopText] | None = Field(
         None, max_length=MOST_STRINGS, description="Texts that never occur in the answer. Not in OpenAI's API."

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+MOST_FIELDS, MOST_MISTAKES = 1000, 100
+"""Of one object: more mistakes are not told apart, since a body has room for so many that telling them takes a minute.
+"""
 
 
 class Body(BaseModel):
@@ -13,6 +26,20 @@ class Body(BaseModel):
     "1" is no number, NaN is none)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _bound_mistakes(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"has {len(value)} fields; most of them are unknown, see /openapi.json")
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if (count := error.error_count()) <= MOST_MISTAKES:
+                raise
+        raise PydanticCustomError(
+            "too_many_mistakes", "has {count} fields that are unknown or wrong; see /openapi.json", {"count": count}
+        )
 
 
 class Reply(BaseModel):

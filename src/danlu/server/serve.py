@@ -105,9 +105,10 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     except (OSError, UnicodeError) as error:
         raise DanluError(f"host: {host!r} is no address of this machine ({error})") from error
     sockets: list[socket.socket] = []
-    for family, _, _, _, address in dict.fromkeys(found):
+    for family, _, protocol, _, address in dict.fromkeys(found):
         where = (address[0], sockets[0].getsockname()[1] if sockets else port, *address[2:])
-        one = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio turns off Nagle's algorithm, which holds small writes back for 40 ms, where the protocol is named.
+        one = socket.socket(family, socket.SOCK_STREAM, protocol)
         try:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

@@ -162,9 +162,11 @@ class Serving:
         ids: list[int] = await self._look_up(request, model, "tokenize", prompt=pack_prompt(prompt))
         return ids
 
-    async def detokenize(self, request: Request, model: str | None, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-        text: str = await self._look_up(request, model, "detokenize", ids=list(ids))
+    async def detokenize(
+        self, request: Request, model: str | None, ids: Sequence[int], *, names: Mapping[str, str] | None = None
+    ) -> str:
+        """Text of token ids, which errors call ``tokens``."""
+        text: str = await self._look_up(request, model, "detokenize", names, ids=list(ids))
         return text
 
     async def token_texts(self, request: Request, model: str | None, ids: Sequence[int]) -> list[bytes]:
@@ -223,10 +225,12 @@ class Serving:
 
     # ---------------------------------------------------------------------------------------------- underneath
 
-    async def _look_up(self, request: Request, model: str | None, op: str, **packed: Any) -> Any:
+    async def _look_up(
+        self, request: Request, model: str | None, op: str, names: Mapping[str, str] | None = None, **packed: Any
+    ) -> Any:
         """Ask a model's tokenizer."""
         async with self.models.use(self.entry(request, model)) as remote:
-            with _refusals(None):
+            with _refusals(names):
                 return await remote.ask(op, **packed)
 
     async def _ask(
@@ -267,6 +271,7 @@ class Serving:
         request.state.model = entry.name
         admission: Admission = await self.keys.admit(caller, tokens, least=least)
         cost, status = Cost(), 200
+        self.metrics.request_begun(entry.name, route)
         try:
             if entry.answers + n > self.config.max_running + self.config.max_queue:
                 raise ApiError(
@@ -274,7 +279,6 @@ class Serving:
                     code="queue_full", headers={"Retry-After": str(_retry_after(entry))},
                 )  # fmt: skip
             entry.answers += n
-            self.metrics.request_begun(entry.name, route)
             try:
                 yield cost, admission.tokens
             finally:

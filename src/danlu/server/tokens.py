@@ -14,13 +14,14 @@ from danlu.server.chat_schema import MOST_MESSAGES, MOST_TOOLS, ChatRequest, Mes
 from danlu.server.errors import ApiError, documented
 from danlu.server.inputs import ModelName
 from danlu.server.legacy_logprobs import token_name
+from danlu.server.limits import ParsedRoute
 from danlu.server.protocol import ModelInfo, Prompt, TextPrompt
 from danlu.server.sampling_fields import TokenId
 from danlu.server.schema import Body, JsonObject, Reply, Text
 from danlu.server.serving import serving_of
 from danlu.server.turn import prompt_of
 
-router = APIRouter()
+router = APIRouter(route_class=ParsedRoute)
 
 
 class TokenizeRequest(Body):
@@ -62,7 +63,7 @@ class DetokenizeRequest(Body):
     """Token ids."""
 
     model: ModelName | None = Field(None, description="The first one served, if none is named.")
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=1 << 20, fail_fast=True)]
 
 
 class Detokenized(Reply):

@@ -75,10 +75,21 @@ _AROUND: dict[ToolFormat, tuple[str, str, str]] = {
 
 def _call(function: dict[str, Any], key: str, free: bool) -> str:
     begin = f'{{"name": {json.dumps(function["name"])}, "{key}": '
-    schema = function.get("parameters") or NO_ARGUMENTS
+    schema = _closed(function.get("parameters") or NO_ARGUMENTS)
     if free and not function.get("strict"):
         schema = {"type": "object"}
     return f'{_quoted(begin)} {_json(schema)} "}}"'
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema of arguments without such as are not declared, unless it speaks of them: no function has a use for them,
+    and a small model may invent them without end."""
+    if schema.get("type") == "object" and schema.keys() <= _DECLARES_ALL:
+        return schema | {"additionalProperties": False}
+    return schema
+
+
+_DECLARES_ALL = {"$defs", "$schema", "definitions", "description", "properties", "required", "title", "type"}
 
 
 def _json(schema: dict[str, Any]) -> str:

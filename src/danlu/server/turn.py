@@ -137,15 +137,15 @@ class TurnStream:
         calls = None
         if turn.tools and turn.tool_choice != "none":
             calls = scanner_for(self._info.tool_format, [tool["function"]["name"] for tool in turn.tools])
-        return _Line(AnswerParser(thinking=thinking, calls=calls), MOST_CALLS if turn.parallel_tool_calls else 1)
+        return _Line(AnswerParser(thinking=thinking, calls=calls), only_one_call=not turn.parallel_tool_calls)
 
 
 class _Line:
     """One of the answers."""
 
-    def __init__(self, parser: AnswerParser, most_calls: int) -> None:
+    def __init__(self, parser: AnswerParser, only_one_call: bool) -> None:
         self.reasoning_tokens = 0
-        self._parser, self._most_calls = parser, most_calls
+        self._parser, self._only_one_call = parser, only_one_call
         self._undecided: list[TokenLogprob] = []
         self._called = False
 
@@ -165,8 +165,8 @@ class _Line:
         return TurnEvent(piece.index, parts, logprobs, self._finish_reason(piece), piece.stop_text)
 
     def _left_out(self, part: Part) -> bool:
-        """Whether it belongs to a call beyond those that are wanted."""
-        return isinstance(part, ToolCallBegun | ToolCallArguments) and part.call >= self._most_calls
+        """Whether it belongs to a call beside the one that is wanted."""
+        return self._only_one_call and isinstance(part, ToolCallBegun | ToolCallArguments) and part.call > 0
 
     def _logprobs(self, piece: Piece, thinking: bool, parts: list[Part]) -> list[TokenLogprob] | None:
         if piece.logprobs is None:
@@ -253,7 +253,10 @@ async def open_turn(serving: Serving, request: Request, turn: Turn) -> AsyncIter
     prompt = prompt_of(turn, info)
     opened = _constrained(turn) and info.thinks and await _opens_thought(serving, request, turn, prompt)
     params = _params(turn, info, opened)
-    async with serving.generate(request, turn.model, prompt, params, names=turn.names) as answer:
+    names = {
+        option: name for option, name in turn.names.items() if option not in ("structure", "effort")
+    }  # plain words
+    async with serving.generate(request, turn.model, prompt, params, names=names) as answer:
         yield TurnStream(answer, turn, info)
 
 

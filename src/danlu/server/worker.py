@@ -60,6 +60,9 @@ STATS_SECONDS = 0.25
 FIM_TOKENS = (FIM[:3], ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"), ("<|PREFIX|>", "<|MIDDLE|>", "<|SUFFIX|>"))
 """Prefix, middle and suffix, as families call them."""
 
+NORMALIZED = 4
+"""A tokenizer that normalizes text makes it shorter, by less than this."""
+
 REASONING_OPTIONS = ("enable_thinking", "thinking", "reasoning_effort")
 """Variables by which chat templates switch reasoning."""
 
@@ -115,6 +118,7 @@ class GeneratorWorker:
         self.tokenizer: Tokenizer = self.engine.tokenizer
         self.info = _info(name, self.engine, self.tokenizer)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._longest_token = int(self.tokenizer.token_bytes().max())
         self._preparing = ThreadPoolExecutor(2, "prepare")
         self._gathers: dict[str, Gather] = {}
         self._stats_at = 0.0
@@ -148,10 +152,13 @@ class GeneratorWorker:
 
     def _generate(self, message: dict[str, Any]) -> None:
         number, params = message["id"], unpack_params(message["params"])
-        ids = self._ids(unpack_prompt(message["prompt"]))
-        request = self.engine.prepare(ids, params, request_id=str(number))
-        opening = THINK[0]
-        thinking = self.tokenizer.decode(ids[-8:]).rstrip().endswith(opening)
+        prompt = unpack_prompt(message["prompt"])
+        is_chat = isinstance(prompt, ChatPrompt)
+        which = "messages" if is_chat else "prompt"
+        self._require_near_room(prompt, which)
+        ids = self._ids(prompt)
+        request = self.engine.prepare(ids, params, request_id=str(number), which=which)
+        thinking = is_chat and self.tokenizer.decode(ids[-8:]).rstrip().endswith(THINK[0])
 
         def begin() -> None:
             self.link.send({"id": number, "result": {"prompt_tokens": len(ids), "thinking": thinking}})
@@ -161,8 +168,11 @@ class GeneratorWorker:
 
     def _score(self, message: dict[str, Any]) -> None:
         params = unpack_params(message["params"])
-        ids = self._ids(unpack_prompt(message["prompt"]))
-        self._gather(message["id"], [self.engine.prepare(ids, params, task="score", request_id=f"{message['id']}/0")])
+        prompt = unpack_prompt(message["prompt"])
+        self._require_near_room(prompt, "prompt")
+        ids = self._ids(prompt)
+        name = f"{message['id']}/0"
+        self._gather(message["id"], [self.engine.prepare(ids, params, task="score", request_id=name, which="prompt")])
 
     def _embed(self, message: dict[str, Any]) -> None:
         inputs = message["inputs"]
@@ -200,10 +210,25 @@ class GeneratorWorker:
         return self._ids(unpack_prompt(message["prompt"]))
 
     def _detokenize(self, message: dict[str, Any]) -> str:
-        return self.tokenizer.decode(message["ids"])
+        return self.tokenizer.decode(_known(self.tokenizer, message["ids"]))
 
     def _texts(self, message: dict[str, Any]) -> list[str]:
-        return [self._bytes(i).decode("latin-1") for i in message["ids"]]
+        return [self._bytes(i).decode("latin-1") for i in _known(self.tokenizer, message["ids"])]
+
+    def _require_near_room(self, prompt: Prompt, which: str) -> None:
+        """Refuse at once what cannot fit by far: splitting megabytes into tokens takes up to a minute."""
+        match prompt:
+            case ChatPrompt():
+                size = sum(len(text) for one in prompt.messages if isinstance(text := one.get("content"), str))
+            case TextPrompt():
+                size = len(prompt.text)
+            case _:
+                return
+        if size > NORMALIZED * self._longest_token * self.info.context:
+            raise DanluError(
+                f"{which}: has {size} characters, far more than the model's context of {self.info.context} tokens; "
+                "shorten it"
+            )
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, ChatPrompt):
@@ -320,6 +345,8 @@ class GeneratorWorker:
 
     def _bytes(self, token_id: int) -> bytes:
         """A token as it is shown: special ones by their names."""
+        if token_id >= self.tokenizer.vocab_size:  # a row of the head that no token uses
+            return b""
         if self.tokenizer.is_special(token_id):
             return self.tokenizer.decode([token_id]).encode()
         return self.tokenizer.decode_bytes([token_id])
@@ -365,18 +392,28 @@ class EncoderWorker:
         sizes = model.info()
         self.info = ModelInfo(name, model.kind, sizes["context"], sizes["vocab_size"], sizes["dim"])
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: set[int] = set()
 
     def take(self, message: dict[str, Any]) -> None:
         """A message has come."""
-        if message["op"] != "abort":
-            self._inbox.put(partial(self.link.answer, message["id"], partial(self._work, message)))
+        if message["op"] == "abort":
+            self._waiting.discard(message["of"])
+        else:
+            self._waiting.add(message["id"])
+            self._inbox.put(partial(self._answer, message))
 
     def run(self) -> None:
         """Answer one after the other, for ever."""
         while True:
             self._inbox.get()()
 
+    def _answer(self, message: dict[str, Any]) -> None:
+        if message["id"] in self._waiting:  # nobody has stopped to wait
+            self.link.answer(message["id"], partial(self._work, message))
+            self._waiting.discard(message["id"])
+
     def _work(self, message: dict[str, Any]) -> Any:
+        tokenizer = self.model.tokenizer
         match message["op"]:
             case "embed":
                 vectors_nd, n_tokens = self.model.embed(message["inputs"], message["truncate"])
@@ -392,9 +429,9 @@ class EncoderWorker:
                     raise DanluError("messages: this model is no chat model; give a prompt")
                 return self.model.tokenize(prompt.text, prompt.special_tokens)
             case "detokenize":
-                return self.model.tokenizer.decode(message["ids"])
+                return tokenizer.decode(_known(tokenizer, message["ids"]))
             case "texts":
-                return [self.model.tokenizer.decode_bytes([i]).decode("latin-1") for i in message["ids"]]
+                return [tokenizer.decode_bytes([i]).decode("latin-1") for i in _known(tokenizer, message["ids"])]
             case "check":
                 return {}
         raise DanluError("model: this model embeds or compares texts and writes none; name another")
@@ -451,6 +488,13 @@ def _info(name: str, engine: Engine, tokenizer: Tokenizer) -> ModelInfo:
         tool_format=next((form for form, mark in formats.items() if mark in template), "hermes"),
         kernels=getattr(engine.runner, "path", None) or "torch",
     )
+
+
+def _known(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+    """Token ids, all of them of the vocabulary."""
+    if max(ids, default=0) >= tokenizer.vocab_size:
+        raise DanluError(f"tokens: has ids outside the vocabulary of {tokenizer.vocab_size}; use the model's tokenizer")
+    return ids
 
 
 def _fim_tokens(tokenizer: Tokenizer) -> tuple[str, ...] | None:

@@ -1,4 +1,5 @@
 /** An answer on the page: thoughts, text, tool calls, errors, and what it took. */
+import { BROKEN_OFF } from "./completion.js";
 import { copyText, el, icon, iconButton, textButton } from "./dom.js";
 import { label, say, t } from "./i18n.js";
 import { MarkdownView } from "./markdown.js";
@@ -126,7 +127,7 @@ export class AnswerView {
 
   #errorCard({ error, retryIn }) {
     const title = el("h4");
-    if (error.code === "broken_off") say(title, "error.aborted");
+    if (error.code === BROKEN_OFF) say(title, "error.aborted");
     else if (error.status === 0) say(title, "error.network");
     else if (error.status === 401) say(title, "error.403");
     else

@@ -43,9 +43,13 @@ function toLogin() {
 }
 
 const json = async (path, options) => (await request(path, options)).json();
+// Read to the end, or the browser would not use the connection again.
+const done = async (path, options) => void (await (await request(path, options)).text());
 
 export const listModels = async () => (await json("v1/models")).data;
 export const streamChat = (body, signal) => request("v1/chat/completions", { method: "POST", body, signal });
+
+export const signOut = () => done("logout", { method: "POST" });
 
 const CONVERSATIONS = "api/conversations";
 const place = (id) => `${CONVERSATIONS}/${encodeURIComponent(id)}`;
@@ -59,10 +63,9 @@ export const conversations = {
   },
   create: (conversation) => json(CONVERSATIONS, { method: "POST", body: conversation }),
   read: (id) => json(place(id)),
-  change: (id, fields) => request(place(id), { method: "PATCH", body: fields }),
-  remove: (id) => request(place(id), { method: "DELETE" }),
-  saveMessage: (id, { id: messageId, ...fields }) =>
-    request(messagePlace(id, messageId), { method: "PUT", body: fields }),
+  change: (id, fields) => done(place(id), { method: "PATCH", body: fields }),
+  remove: (id) => done(place(id), { method: "DELETE" }),
+  saveMessage: (id, { id: messageId, ...fields }) => done(messagePlace(id, messageId), { method: "PUT", body: fields }),
   importAll: (body) => json(`${CONVERSATIONS}/import`, { method: "POST", body }),
   exportPlace: (id, format) => `${place(id)}/export?format=${format}`,
   exportAllPlace: () => `${CONVERSATIONS}/export`,

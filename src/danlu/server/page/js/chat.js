@@ -7,7 +7,7 @@ const LONGEST_WAIT = 120; // seconds; a server that asks for more is not waited 
 
 export class Chat extends EventTarget {
   conversation = null;
-  /** Answers that are being written or have failed: message id -> {phase, controller?, error?, retryIn?}. */
+  /** Answers that are being written or have failed: message id -> {phase, conversation?, controller?, error?, retryIn?}. */
   states = new Map();
 
   /** Shows a conversation. Answers of the last one go on, and are kept. */
@@ -19,6 +19,12 @@ export class Chat extends EventTarget {
   /** Whether an answer of the shown conversation is on its way. */
   get isRunning() {
     return [...this.states].some(([id, state]) => state.controller && this.conversation.tree.get(id));
+  }
+
+  /** A conversation whose answers are still being written, if it is one: it is further than what the server has of it. */
+  running(id) {
+    return [...this.states.values()].find(({ controller, conversation }) => controller && conversation.id === id)
+      ?.conversation;
   }
 
   /** Asks every model that is shown. Columns that show the same branch share the question. */
@@ -94,7 +100,7 @@ export class Chat extends EventTarget {
 
   async #run(conversation, answer) {
     const controller = new AbortController();
-    const state = { phase: "waiting", controller };
+    const state = { phase: "waiting", controller, conversation };
     this.states.set(answer.id, state);
     this.#changed();
     conversation.saveMessage(answer);
@@ -127,7 +133,7 @@ export class Chat extends EventTarget {
   }
 
   #fail(conversation, answer, error) {
-    const state = { phase: "failed", error };
+    const state = { phase: "failed", error, conversation };
     this.states.set(answer.id, state);
     if (error.status !== 429 || !error.retryAfter || error.retryAfter > LONGEST_WAIT) return;
     // The server says when to come again. Stopping, or asking by hand, ends the waiting.

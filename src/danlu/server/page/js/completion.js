@@ -3,6 +3,9 @@ import { ApiError, streamChat } from "./api.js";
 import { serverSentEvents } from "./stream.js";
 import { TokenReader } from "./tokens.js";
 
+/** The code of an error in the midst of an answer. */
+export const BROKEN_OFF = "broken_off";
+
 /** The fields of a request that the settings of a conversation stand for. */
 export function requestFields({ json_schema: schema, tools, extra, ...sampling }) {
   const fields = { ...sampling };
@@ -67,19 +70,24 @@ export async function complete(message, { system, parameters, path, withTokens }
   const tokens = colours ? new TokenReader(message.logprobs ?? []) : null;
   const response = await streamChat(body, signal);
   let ended = false;
-  for await (const { data } of serverSentEvents(response.body)) {
-    if (data === "[DONE]") {
-      ended = true;
-      break;
+  try {
+    for await (const { data } of serverSentEvents(response.body)) {
+      // After the end the stream closes by itself, which lets the browser keep the connection.
+      if (data === "[DONE]") ended = true;
+      else take(JSON.parse(data));
     }
-    const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(Number(chunk.error.status) || 500, chunk.error.message, { code: "broken_off" });
-    const choice = chunk.choices?.[0];
-    if (choice) read(choice, message, clock, tokens);
-    if (chunk.usage) message.stats = clock.stats(chunk.usage, chunk.timings);
+  } catch (error) {
+    if (error instanceof ApiError || error.name === "AbortError") throw error;
+    throw new ApiError(0, error.message, { code: BROKEN_OFF });
+  }
+  if (!ended) throw new ApiError(0, "", { code: BROKEN_OFF });
+
+  function take({ error, choices, usage, timings }) {
+    if (error) throw new ApiError(500, error.message, { code: BROKEN_OFF });
+    if (choices?.[0]) read(choices[0], message, clock, tokens);
+    if (usage) message.stats = clock.stats(usage, timings);
     changed();
   }
-  if (!ended) throw new ApiError(0, "", { code: "broken_off" });
 }
 
 function read({ delta = {}, logprobs, finish_reason: reason }, message, clock, tokens) {

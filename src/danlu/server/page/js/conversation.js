@@ -11,7 +11,10 @@ const KEPT = [
 
 export class Conversation extends EventTarget {
   #writing = Promise.resolve(); // what is written is written in order: a message after its parent
+  #unsaved = new Map(); // messages by id, a parent before what hangs below it; what could not be written is tried again
+  #unsavedFields = null;
   #failed = false;
+  #forgotten = false;
 
   constructor({ id = null, title = "", system = "", parameters = {}, models = [], leaves = [], messages = [] } = {}) {
     super();
@@ -72,8 +75,8 @@ export class Conversation extends EventTarget {
       KEPT.filter((name) => message[name] !== undefined).map((name) => [name, message[name]]),
     );
     // A copy: the answer may grow while older writing goes on.
-    const copy = structuredClone({ id: message.id, ...kept });
-    return this.#write(() => conversations.saveMessage(this.id, copy));
+    this.#unsaved.set(message.id, structuredClone({ id: message.id, ...kept }));
+    return this.#write();
   }
 
   /** Keeps title, settings, models and what is shown. */
@@ -81,23 +84,43 @@ export class Conversation extends EventTarget {
     if (this.isEmpty && this.id === null) return Promise.resolve();
     const { title, system, parameters, models } = this;
     // As they are now: by the time they are written, what is shown may not be written yet.
-    const fields = { title, system, parameters, models, leaves: this.leaves.filter((leaf) => leaf !== null) };
-    return this.#write(() => conversations.change(this.id, fields));
+    this.#unsavedFields = { title, system, parameters, models, leaves: this.leaves.filter((leaf) => leaf !== null) };
+    return this.#write();
   }
 
-  #write(work) {
+  /** It was deleted: nothing of it is kept any more. */
+  forget() {
+    this.#forgotten = true;
+  }
+
+  #write() {
     this.#writing = this.#writing.then(async () => {
+      if (this.#forgotten) return;
       try {
         if (this.id === null) await this.#create();
-        await work();
+        await this.#writeMessages();
+        await this.#writeFields();
         this.#failed = false;
-        this.dispatchEvent(new Event("saved"));
       } catch (error) {
         if (!this.#failed) notify("error.save", { message: error.message }, "error"); // told once, not at each token
         this.#failed = true;
       }
     });
     return this.#writing;
+  }
+
+  async #writeMessages() {
+    for (const [id, message] of this.#unsaved) {
+      await conversations.saveMessage(this.id, message);
+      if (this.#unsaved.get(id) === message) this.#unsaved.delete(id);
+    }
+  }
+
+  async #writeFields() {
+    const fields = this.#unsavedFields;
+    if (!fields) return;
+    await conversations.change(this.id, fields);
+    if (this.#unsavedFields === fields) this.#unsavedFields = null;
   }
 
   async #create() {

@@ -1,5 +1,5 @@
 /** The page: its parts, and how they hang together. */
-import { listModels } from "./api.js";
+import { listModels, signOut } from "./api.js";
 import { Chat } from "./chat.js";
 import { Columns } from "./columns.js";
 import { Composer } from "./composer.js";
@@ -26,7 +26,7 @@ let opened = 0;
 const pickers = new Pickers(find("pickers"), chat);
 const columns = new Columns(find("columns"), find("tabs"), chat, (column) => pickers.mark(column));
 const settings = new Settings(find("settings-form"), chat);
-const sidebar = new Sidebar(find("sidebar"), { goTo, renamed });
+const sidebar = new Sidebar(find("sidebar"), { goTo, renamed, deleted });
 const composer = new Composer(find("composer"), { chat, mayAsk, editLast: () => columns.editLastQuestion() });
 const conversationsDrawer = new Drawer(find("sidebar"), "conversations", true);
 const settingsDrawer = new Drawer(find("settings"), "settings", false);
@@ -43,6 +43,13 @@ function renamed(id, title) {
   showTitle();
 }
 
+function deleted(id) {
+  if (chat.conversation.id !== id) return;
+  chat.stop();
+  chat.conversation.forget();
+  goTo(null);
+}
+
 /** Shows the conversation that the address names; a new one where it names none. */
 async function show() {
   const turn = ++opened;
@@ -51,7 +58,7 @@ async function show() {
   let conversation = null;
   if (id) {
     try {
-      conversation = await Conversation.open(id);
+      conversation = chat.running(id) ?? (await Conversation.open(id));
     } catch {
       notify("error.load", {}, "error");
     }
@@ -107,6 +114,11 @@ find("new").addEventListener("click", () => goTo(null));
 find("toggle-sidebar").addEventListener("click", () => conversationsDrawer.toggle());
 find("toggle-settings").addEventListener("click", () => settingsDrawer.toggle());
 find("help").addEventListener("click", showHelp);
+find("leave").hidden = !("keys" in document.documentElement.dataset);
+find("leave").addEventListener("click", async () => {
+  await signOut();
+  location.reload();
+});
 for (const example of document.querySelectorAll(".example")) {
   example.addEventListener("click", () => composer.fill(t(example.dataset.text)));
 }
@@ -157,7 +169,7 @@ try {
   const models = await listModels();
   modelNames = models.filter((model) => (model.danlu?.kind ?? "generate") === "generate").map((model) => model.id);
 } catch (error) {
-  notify(error.status === 0 ? "error.network" : "error.save", { message: error.message }, "error");
+  notify(error.status === 0 ? "error.network" : "error.other", { message: error.message }, "error");
 }
 pickers.setNames(modelNames);
 window.addEventListener("hashchange", show);

@@ -13,7 +13,8 @@ export class Sidebar {
   #asked = 0;
   #current = null;
 
-  /** @param {{goTo: (id: string | null) => void, renamed: (id: string, title: string) => void}} page */
+  /** @param {{goTo: (id: string | null) => void, renamed: (id: string, title: string) => void,
+   *   deleted: (id: string) => void}} page */
   constructor(element, page) {
     this.page = page;
     this.element = element;
@@ -53,7 +54,7 @@ export class Sidebar {
         before: place,
       });
     } catch (error) {
-      return notify("error.save", { message: error.message }, "error");
+      return notify("error.other", { message: error.message }, "error");
     }
     if (asked !== this.#asked) return; // something else was searched for meanwhile
     this.#rows = [...before, ...found.data];
@@ -110,8 +111,10 @@ export class Sidebar {
 
   async #delete(row, title) {
     if (!(await confirmDelete(title))) return;
-    await told(() => conversations.remove(row.id));
-    if (row.id === this.#current) this.page.goTo(null);
+    await told(async () => {
+      await conversations.remove(row.id);
+      this.page.deleted(row.id);
+    });
     await this.refresh();
   }
 
@@ -146,7 +149,7 @@ async function told(work) {
   try {
     await work();
   } catch (error) {
-    notify("error.save", { message: error.message }, "error");
+    notify("error.other", { message: error.message }, "error");
   }
 }
 
