@@ -2,9 +2,9 @@
 
 SmolLM2-135M-Instruct Q4_1, greedy, answers of one length, streamed from `/v1/chat/completions` to as many clients as
 the task says, which ask all at once. `danlu` is `danlu serve`; `engine` is the same engine in a process of its own that
-gets the same token ids, with no HTTP: what is lost in between is "overhead". Beside them, as far as they are installed,
-llama-cpp-python's server and `transformers serve`
-(with the weights in bf16). One JSON line ends the output.
+gets the same token ids, with no HTTP: what is lost in between is "overhead". Beside them, as far as they are installed
+with what they need to serve, llama-cpp-python's server and `transformers serve` (with the weights in bf16). One JSON
+line ends the output.
 
 All are processes of their own, which are stopped while another is measured, and get the same prompts in the same round
 (A B C A B C, median of the rounds). "danlu x" is how many times more tokens a second danlu makes than the row, the
@@ -117,6 +117,7 @@ class Contestant:
 
     def __init__(self, peer: str, python: str, model: Path, threads: int) -> None:
         self._server = Server(peer, python, model, threads)
+        self.measure(["Hello"], 4, Times())  # what is made at the first request is not measured
 
     def measure(self, questions: list[str], n: int, times: Times) -> dict[str, float]:
         """Tokens a second and the client's share.
@@ -125,17 +126,17 @@ class Contestant:
             PeerFailed: an answer is none.
         """
         requests = [chat(self._server.url, self._server.body(_messages(one), n)) for one in questions]
-        with self._server.awake():
-            busy, start = time.process_time(), time.perf_counter()
-            answers = send_all(self._server.url, requests)
-            seconds, busy = time.perf_counter() - start, time.process_time() - busy
         tokens = 0
         try:
+            with self._server.awake():
+                busy, start = time.process_time(), time.perf_counter()
+                answers = send_all(self._server.url, requests)
+                seconds, busy = time.perf_counter() - start, time.process_time() - busy
             for answer in answers:
                 tokens += _tokens(answer)
                 times.add(answer)
-        except RequestFailed as error:
-            raise PeerFailed(str(error)) from error
+        except (RequestFailed, OSError) as error:
+            raise PeerFailed(f"{error}; the server's last words: {self._server.last_words()}") from error
         return {"tokens/s": tokens / seconds, "client cores": busy / seconds}
 
     def close(self) -> None:
@@ -149,7 +150,7 @@ def _messages(question: str) -> list[dict[str, str]]:
 
 def _tokens(answer: Answer) -> int:
     """As the server tells, else a token for each piece of text."""
-    events = answer.events()
+    events = answer.events(with_done=False)
     usages = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
     texts = [choice["delta"].get("content") for event in events for choice in event["choices"]]
     return int(usages[-1]) if usages else sum(bool(text) for text in texts)

@@ -48,18 +48,27 @@ class Answer:
         head, _, body = b"".join(piece for _, piece in self.pieces).partition(b"\r\n\r\n")
         return _joined(body) if b"transfer-encoding: chunked" in head.lower() else body
 
-    def events(self) -> list[dict[str, Any]]:
+    def events(self, *, with_done: bool = True) -> list[dict[str, Any]]:
         """The events of a stream.
+
+        Args:
+            with_done: it has to end with [DONE], as OpenAI's do; not every server's does.
 
         Raises:
             RequestFailed: it is none, breaks off, or tells of an error.
         """
         if self.status != 200:
             raise RequestFailed(f"status {self.status}: {self.body()[:200].decode(errors='replace')}")
-        texts = [line[5:].strip() for line in self.body().decode().splitlines() if line.startswith("data:")]
-        if not texts or texts[-1] != "[DONE]":
+        texts = [
+            line[5:].strip() for line in self.body().decode(errors="replace").splitlines() if line.startswith("data:")
+        ]
+        try:
+            events = [json.loads(text) for text in texts if text != "[DONE]"]
+        except ValueError as error:
+            raise RequestFailed(f"the stream breaks off in {texts[-1]}") from error
+        finished = any(choice.get("finish_reason") for event in events for choice in event.get("choices", ()))
+        if not (texts[-1:] == ["[DONE]"] if with_done else finished):
             raise RequestFailed(f"the stream breaks off after {texts[-1:]}")
-        events = [json.loads(text) for text in texts[:-1]]
         if wrong := [event for event in events if "error" in event]:
             raise RequestFailed(f"the stream tells of an error: {wrong[0]}")
         return events

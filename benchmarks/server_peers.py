@@ -72,7 +72,8 @@ PEERS = {
         "transformers",
         lambda model, port, _, __: [
             "-c", "from transformers.cli.transformers import main; main()", "serve", "--continuous-batching",
-            "--port", str(port), str(model),
+            "--cb-block-size", "32", "--cb-num-blocks", "1024",  # by default it takes most of the memory
+            "--host", "127.0.0.1", "--port", str(port), str(model),
         ],
         "/health",
         _transformers_fields,
@@ -121,6 +122,11 @@ class Server:
         finally:
             os.killpg(self._process.pid, signal.SIGSTOP)
 
+    def last_words(self) -> str:
+        """The last line of its log."""
+        self._log.seek(0)
+        return " ".join(self._log.read().strip().splitlines()[-1:])
+
     def close(self) -> None:
         """End its processes."""
         with contextlib.suppress(ProcessLookupError):
@@ -133,10 +139,9 @@ class Server:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end:
             if (status := self._process.poll()) is not None:
-                self._log.seek(0)
-                last = self._log.read().strip().splitlines()[-1:]
+                last = self.last_words()
                 self.close()
-                raise PeerFailed(f"ended with status {status}: {' '.join(last)}")
+                raise PeerFailed(f"ended with status {status}: {last}")
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.url}{self._peer.ready}", timeout=5).close()
                 return

@@ -28,10 +28,10 @@ MEMORY = 1 << 30
 client = httpx.Client(trust_env=False, timeout=120)
 
 TEMPLATES = {
-    "endless-loop": "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}",
+    "endless-loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "endless-macro": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-    "endless-text": "{% for i in range(10**7) %}{{ 'x' * 1000 }}{% endfor %}",
-    "power": "{{ 9 ** 9 ** 9 }}",
+    "endless-text": "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
+    "power": "{{ 9 ** (9 ** 9) }}",
     "memory": "{{ 'x' * 10 ** 12 }}",
     "doubling": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -39,9 +39,8 @@ TEMPLATES = {
     "import": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
     "format": "{{ '{0.__class__}'.format(messages) }}",
     "attr": "{{ messages | attr('__class__') }}",
-    "include": "{% include '/etc/passwd' %}",
 }
-"""Of chat templates; each is refused when it is rendered, or when the model is loaded."""
+"""Each is refused when it is rendered, or writes nothing of what it reaches for."""
 
 
 def text(content: str) -> bytes:
@@ -57,19 +56,12 @@ def gguf(n_tensors: int, n_metadata: int, rest: bytes = b"") -> bytes:
 
 
 FILES = {
-    "empty": b"",
-    "no-gguf": b"GGML" + bytes(100),
     "many-tensors": gguf(2**62, 0),
-    "many-entries": gguf(0, 2**64 - 1),
-    "long-string": gguf(0, 1, text("k") + struct.pack("<IQ", 8, 2**63)),
     "long-array": gguf(0, 1, text("k") + struct.pack("<IIQ", 9, 8, 2**61)),
-    "array-of-arrays": gguf(0, 1, text("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(40)),
-    "dimension-0": gguf(1, 0, tensor(0)),
     "dimension-2^42": gguf(1, 0, tensor(2**42, 2**21) + bytes(64)),
-    "far-offset": gguf(1, 0, tensor(1, offset=2**63) + bytes(64)),
     "no-model": gguf(0, 0),
 }
-"""As GGUF files."""
+"""As GGUF files; tests/formats has many more. Each costs a process here."""
 
 
 class Opened:
@@ -109,14 +101,16 @@ class MemoryWatch:
 
 @pytest.fixture(scope="module")
 def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of them, each under its name."""
+    """All of them; one model has all templates, of which the first message chooses one."""
     root = tmp_path_factory.mktemp("hostile-models")
-    for name, template in TEMPLATES.items():
-        made = root / name
-        shutil.copytree(model_folder, made)
-        config = json.loads((made / "tokenizer_config.json").read_text())
-        (made / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-        (made / "chat_template.jinja").unlink(missing_ok=True)
+    template = "".join(
+        f"{{% if messages[0].content == '{name}' %}}{text}{{% endif %}}" for name, text in TEMPLATES.items()
+    )
+    made = root / "templates"
+    shutil.copytree(model_folder, made)
+    config = json.loads((made / "tokenizer_config.json").read_text())
+    (made / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template + "hello"}))
+    (made / "chat_template.jinja").unlink(missing_ok=True)
     for name, content in FILES.items():
         (root / f"{name}.gguf").write_bytes(content)
     pickled = root / "pickled"
@@ -139,15 +133,27 @@ def test_each_is_refused_while_others_go_on(server: ServerProcess, folder: Path)
     bystander, watch = Bystander(server.url), MemoryWatch(server.process.pid)
     told: dict[str, tuple[int, str]] = {}
     for name in (*TEMPLATES, *FILES, "pickled"):
-        body = {"model": name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        body = {
+            "model": "templates" if name in TEMPLATES else name,
+            "messages": [{"role": "user", "content": name}],
+            "max_tokens": 4,
+        }
         begun = time.monotonic()
         response = client.post(f"{server.url}/v1/chat/completions", json=body)
         assert time.monotonic() - begun < 60, name
-        told[name] = response.status_code, response.json()["error"]["message"]
+        if response.status_code == 200:
+            del body["max_tokens"]
+            ids = client.post(f"{server.url}/tokenize", json=body).json()["tokens"]
+            asked = {"model": "templates", "tokens": ids}
+            told[name] = 200, client.post(f"{server.url}/detokenize", json=asked).json()["prompt"]
+        else:
+            told[name] = response.status_code, response.json()["error"]["message"]
     bystander.end()
-    assert {name: status for name, (status, _) in told.items() if status not in (400, 503)} == {}
-    assert all(told[name][0] == 503 for name in (*FILES, "pickled")), told
-    assert not any(word in message for _, message in told.values() for word in ("Traceback", "root:", "uid="))
+    assert {told[name][0] for name in (*FILES, "pickled")} == {503}, told
+    templates = {name: told[name] for name in TEMPLATES}
+    assert {status for status, _ in templates.values()} <= {200, 400}
+    assert {text for status, text in templates.values() if status == 200} <= {"hello"}, templates
+    assert not any(word in text for _, text in told.values() for word in ("Traceback", "root:", "uid="))
     assert not (folder / "opened").exists()
     assert not bystander.harmed
     assert bystander.whole > 0

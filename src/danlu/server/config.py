@@ -75,7 +75,7 @@ def named_models(texts: tuple[str, ...]) -> dict[str, str]:
 
 def _split(text: str) -> tuple[str, str]:
     name, equals, source = text.partition("=")
-    if not equals or "/" in name:  # a path may hold an equals sign
+    if not equals or name.startswith(("/", ".", "~")) or Path(text).exists():  # a path may hold an equals sign
         name, source = Path(text).name.removesuffix(".gguf") if "/" in text else text, text
     return name, source
 

@@ -176,7 +176,6 @@ class Metrics:
     def loaded(self, model: str) -> None:
         """A process has loaded a model."""
         model = self._known(model)
-        self._told.pop(model, None)
         self.loads.labels(model).inc()
         self.is_loaded.labels(model).set(1)
 
