@@ -53,23 +53,15 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.report.config import ReportConfig as ReportConfig
     from danlu.report.config import ShowConfig as ShowConfig
     from danlu.report.show import show as show
-    from danlu.server.keys_config import CreateKeyConfig as CreateKeyConfig
-    from danlu.server.keys_config import KeysUsageConfig as KeysUsageConfig
-    from danlu.server.keys_config import ListKeysConfig as ListKeysConfig
-    from danlu.server.keys_config import RevokeKeyConfig as RevokeKeyConfig
-    from danlu.server.keys_verbs import create_key as create_key
-    from danlu.server.keys_verbs import keys_usage as keys_usage
-    from danlu.server.keys_verbs import list_keys as list_keys
-    from danlu.server.keys_verbs import revoke_key as revoke_key
+    from danlu.server.access.keys_config import CreateKeyConfig as CreateKeyConfig
+    from danlu.server.access.keys_config import KeysUsageConfig as KeysUsageConfig
+    from danlu.server.access.keys_config import ListKeysConfig as ListKeysConfig
+    from danlu.server.access.keys_config import RevokeKeyConfig as RevokeKeyConfig
+    from danlu.server.access.keys_verbs import create_key as create_key
+    from danlu.server.access.keys_verbs import keys_usage as keys_usage
+    from danlu.server.access.keys_verbs import list_keys as list_keys
+    from danlu.server.access.keys_verbs import revoke_key as revoke_key
     from danlu.server.config import ServeConfig as ServeConfig
-    from danlu.server.keys_config import CreateKeyConfig as CreateKeyConfig
-    from danlu.server.keys_config import KeysUsageConfig as KeysUsageConfig
-    from danlu.server.keys_config import ListKeysConfig as ListKeysConfig
-    from danlu.server.keys_config import RevokeKeyConfig as RevokeKeyConfig
-    from danlu.server.keys_verbs import create_key as create_key
-    from danlu.server.keys_verbs import keys_usage as keys_usage
-    from danlu.server.keys_verbs import list_keys as list_keys
-    from danlu.server.keys_verbs import revoke_key as revoke_key
     from danlu.server.serve import serve as serve
     from danlu.tokenizer.config import TokenizerConfig as TokenizerConfig
     from danlu.tokenizer.train import train_tokenizer as train_tokenizer

@@ -12,7 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from danlu.server.config import ServeConfig
-from danlu.server.connections import uvicorn_config
+from danlu.server.operation.connections import uvicorn_config
 
 
 @contextlib.contextmanager

@@ -19,18 +19,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import HTMLResponse, StreamingResponse
 
-from danlu.server import login, usage
-from danlu.server.auth import Auth
-from danlu.server.database import Database
+from danlu.server.access import login, usage
+from danlu.server.access.auth import Auth
+from danlu.server.access.database import Database
+from danlu.server.access.headers import SecurityHeaders, cors
+from danlu.server.access.key_file import Limits as KeyLimits
+from danlu.server.access.key_file import add_key
+from danlu.server.access.keys import Keys, caller_of
+from danlu.server.access.limits import Limits, ParsedRoute
+from danlu.server.access.sessions import TABLE, Sessions
+from danlu.server.access.usage import Usage
 from danlu.server.errors import ApiError, answer_error
-from danlu.server.headers import SecurityHeaders, cors
-from danlu.server.key_file import Limits as KeyLimits
-from danlu.server.key_file import add_key
-from danlu.server.keys import Keys, caller_of
-from danlu.server.limits import Limits, ParsedRoute
 from danlu.server.schema import Body
-from danlu.server.sessions import TABLE, Sessions
-from danlu.server.usage import Usage
 
 router = APIRouter(route_class=ParsedRoute)
 

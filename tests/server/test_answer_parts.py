@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.server.answer_parts import AnswerParser, Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.answer_parts import AnswerParser, Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.tool_calls import scanner_for
 from danlu.server.protocol import ToolFormat
-from danlu.server.tool_calls import scanner_for
 
 NAMES = ("get_weather", "f")
 FORMATS: tuple[ToolFormat, ...] = ("hermes", "llama3", "mistral")

@@ -11,10 +11,10 @@ import httpx
 import pytest
 from guarded_app import bearer, guarded, listening, make_key, opened
 
-from danlu.server.key_file import end_key
-from danlu.server.keys import Caller
-from danlu.server.login import language_of
-from danlu.server.sessions import COOKIE, LIFETIME, Sessions
+from danlu.server.access.key_file import end_key
+from danlu.server.access.keys import Caller
+from danlu.server.access.login import language_of
+from danlu.server.access.sessions import COOKIE, LIFETIME, Sessions
 
 Visit = Callable[[httpx.AsyncClient], Awaitable[None]]
 HTML = {"Accept": "text/html,application/xhtml+xml;q=0.9"}

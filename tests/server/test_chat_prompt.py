@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from danlu.server.chat_prompt import for_template
+from danlu.server.api.chat_prompt import for_template
 from danlu.server.protocol import ModelInfo
 from danlu.tokenizer.tokenizer import Tokenizer
 

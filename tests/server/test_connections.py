@@ -14,8 +14,8 @@ from app_thread import serving_app
 from fastapi import FastAPI, Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from danlu.server import connections
 from danlu.server.config import ServeConfig
+from danlu.server.operation import connections
 
 CONFIG = ServeConfig(header_timeout=0.5, max_connections=5)
 HEAD = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"

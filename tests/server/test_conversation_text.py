@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from danlu.server.conversation_text import MARK, from_markdown, shown_branch, to_markdown
+from danlu.server.conversations.text import MARK, from_markdown, shown_branch, to_markdown
 from danlu.server.errors import ApiError
 
 OUR_MARKS = [

@@ -21,10 +21,11 @@ from server_process import ServerProcess
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from danlu.server import conversation_store, conversations
-from danlu.server.database import Database
+from danlu.server.access.database import Database
+from danlu.server.access.keys import Caller
+from danlu.server.conversations import routes as conversations
+from danlu.server.conversations import store as conversation_store
 from danlu.server.errors import ApiError, answer_error
-from danlu.server.keys import Caller
 
 PLACE = "/api/conversations"
 MiB = 1 << 20
@@ -345,7 +346,7 @@ def test_a_search_that_takes_too_long_is_given_up(client: TestClient, monkeypatc
     id = begin(client, title="long")
     for i in range(50):
         save(client, id, str(i), "x" * 10_000)
-    monkeypatch.setattr("danlu.server.conversation_search.SECONDS", -1.0)
+    monkeypatch.setattr("danlu.server.conversations.search.SECONDS", -1.0)
     answer = client.get(PLACE, params={"q": "zz"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "search_too_long")
     monkeypatch.undo()

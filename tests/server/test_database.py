@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from danlu.errors import DanluError
-from danlu.server import database as module
-from danlu.server.database import Database, open_to_read
+from danlu.server.access import database as module
+from danlu.server.access.database import Database, open_to_read
 from danlu.server.errors import ApiError
 
 TABLE = "CREATE TABLE IF NOT EXISTS notes (id INTEGER PRIMARY KEY, text TEXT UNIQUE);"
@@ -114,7 +114,7 @@ def test_kill_lets_go_of_the_file_and_loses_nothing_committed(tmp_path: Path) ->
     program = f"""
 import asyncio, sys
 from pathlib import Path
-from danlu.server.database import Database
+from danlu.server.access.database import Database
 async def run():
     database = Database(Path(sys.argv[1]), [{TABLE!r}])
     for number in range(10**9):
@@ -182,7 +182,9 @@ def test_a_folder_without_rights_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "closed"
     folder.mkdir(mode=0o555)
     tmp_path.chmod(0o755)
-    program = "import sys, pathlib\nfrom danlu.server.database import Database\nDatabase(pathlib.Path(sys.argv[1]))"
+    program = (
+        "import sys, pathlib\nfrom danlu.server.access.database import Database\nDatabase(pathlib.Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-c", program, str(folder / "server.sqlite3")]
     if os.geteuid() == 0:  # without the capability that lets root write where it may not
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
@@ -213,7 +215,7 @@ def test_a_full_disk_is_told_at_start_and_is_a_503_later(tmp_path: Path) -> None
 def test_a_disk_that_is_full_at_start_is_told(tmp_path: Path) -> None:
     """A limit on the size of files stands for the end of the disk."""
     program = (
-        "import pathlib, resource, sys\nfrom danlu.server.database import Database\n"
+        "import pathlib, resource, sys\nfrom danlu.server.access.database import Database\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nDatabase(pathlib.Path(sys.argv[1]), [sys.argv[2]])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "server.sqlite3"), TABLE]

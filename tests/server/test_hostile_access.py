@@ -107,7 +107,7 @@ def test_a_wrong_key_takes_as_long_however_much_of_it_is_right(
     tmp_path: Path, model_folder: Path, secrets: tuple[Path, str, str]
 ) -> None:
     """Keys are hashed before they are looked up, so the time tells nothing of them; here, of the whole way."""
-    from danlu.server.key_file import hash_key
+    from danlu.server.access.key_file import hash_key
 
     secret = secrets[1].encode()
     times: dict[str, list[float]] = {"first": [], "last": []}

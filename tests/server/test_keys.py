@@ -31,13 +31,13 @@ from danlu import (
     revoke_key,
 )
 from danlu.errors import DanluError
-from danlu.server import keys as module
-from danlu.server import usage
-from danlu.server.database import Database
+from danlu.server.access import keys as module
+from danlu.server.access import usage
+from danlu.server.access.database import Database
+from danlu.server.access.key_file import Limits, add_key, end_key, read_keys
+from danlu.server.access.keys import LOCAL, Admission, Caller, Keys
+from danlu.server.access.usage import Usage
 from danlu.server.errors import ApiError
-from danlu.server.key_file import Limits, add_key, end_key, read_keys
-from danlu.server.keys import LOCAL, Admission, Caller, Keys
-from danlu.server.usage import Usage
 
 names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=64)
 limit = st.none() | st.integers(1, 2**40)
@@ -428,9 +428,9 @@ def test_usage_that_was_recorded_survives_kill(tmp_path: Path) -> None:
     program = """
 import asyncio, sys
 from pathlib import Path
-from danlu.server import usage
-from danlu.server.database import Database
-from danlu.server.keys import Caller
+from danlu.server.access import usage
+from danlu.server.access.database import Database
+from danlu.server.access.keys import Caller
 async def run():
     used = usage.Usage(Database(Path(sys.argv[1]), [usage.TABLE]))
     for _ in range(10**9):

@@ -15,8 +15,8 @@ from guarded_app import bearer, make_key
 from server_process import ServerProcess
 
 from danlu import KeysUsageConfig, keys_usage
-from danlu.server.key_file import Limits, add_key
-from danlu.server.sessions import COOKIE
+from danlu.server.access.key_file import Limits, add_key
+from danlu.server.access.sessions import COOKIE
 
 
 @pytest.fixture(scope="module")

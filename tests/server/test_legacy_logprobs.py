@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as some
 
-from danlu.server.legacy_logprobs import LOWEST, LegacyLogprobs, joined, token_name, top_of
+from danlu.server.api.legacy_logprobs import LOWEST, LegacyLogprobs, joined, token_name, top_of
 from danlu.server.protocol import TokenLogprob
 
 SPECIAL = b"<|im_end|>"

@@ -17,8 +17,8 @@ from guarded_app import guarded, listening
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from danlu.server.access.limits import MAX_CONTAINERS, MAX_DEPTH, MAX_QUERY, Limits, parse
 from danlu.server.errors import ApiError
-from danlu.server.limits import MAX_CONTAINERS, MAX_DEPTH, MAX_QUERY, Limits, parse
 
 MIB = 1 << 20
 JSON = {"Content-Type": "application/json"}

@@ -22,9 +22,9 @@ from starlette.middleware import Middleware
 
 from danlu.server.config import ServeConfig
 from danlu.server.errors import ApiError, answer_error
-from danlu.server.log_format import JsonLines, TextLines, log, set_up_logs, visible
-from danlu.server.logs import RequestLog
-from danlu.server.metrics import Metrics
+from danlu.server.operation.log_format import JsonLines, TextLines, log, set_up_logs, visible
+from danlu.server.operation.logs import RequestLog
+from danlu.server.operation.metrics import Metrics
 from danlu.server.streaming import EventStream, sse, until_disconnect
 
 SECRET = "sk-danlu-verysecret"

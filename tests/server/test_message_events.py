@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdk_types import sse_events, validated, validated_event
 
-from danlu.server.answer_parts import Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
-from danlu.server.message_events import MessageWriter
-from danlu.server.message_schema import MessageReply
-from danlu.server.turn import TurnEvent
+from danlu.server.api.answer_parts import Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.message_events import MessageWriter
+from danlu.server.api.message_schema import MessageReply
+from danlu.server.api.turn import TurnEvent
 
 USAGE = {
     "input_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 2, "output_tokens": 3,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from danlu.server.metrics import Metrics, router
+from danlu.server.operation.metrics import Metrics, router
 
 
 @dataclass

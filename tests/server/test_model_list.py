@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
+from danlu.server.access.key_file import Limits, add_key
 from danlu.server.app import create_app
 from danlu.server.config import ServeConfig
-from danlu.server.key_file import Limits, add_key
 
 
 def asked(folder: Path, key: str | None, *paths: str) -> list[httpx.Response]:

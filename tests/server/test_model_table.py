@@ -16,8 +16,8 @@ from danlu.errors import DanluError
 from danlu.server import models as table
 from danlu.server.config import ServeConfig
 from danlu.server.errors import ApiError
-from danlu.server.metrics import Metrics
 from danlu.server.models import Models
+from danlu.server.operation.metrics import Metrics
 from danlu.server.protocol import TextPrompt
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.server.rate_limits import SlidingMinute, WrongKeys
+from danlu.server.access.rate_limits import SlidingMinute, WrongKeys
 
 events = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 100)), max_size=30)
 

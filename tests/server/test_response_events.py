@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from sdk_types import sse_events, validated, validated_event
 
-from danlu.server.answer_parts import Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.answer_parts import Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.response_events import ResponseWriter
+from danlu.server.api.response_replies import ResponseReply
+from danlu.server.api.response_schema import CreateResponse
+from danlu.server.api.responses import new_response
+from danlu.server.api.turn import TurnEvent
 from danlu.server.protocol import TokenLogprob
-from danlu.server.response_events import ResponseWriter
-from danlu.server.response_replies import ResponseReply
-from danlu.server.response_schema import CreateResponse
-from danlu.server.responses import new_response
-from danlu.server.turn import TurnEvent
 
 USAGE = {
     "input_tokens": 5, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0}, "output_tokens": 3,

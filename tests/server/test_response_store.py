@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from danlu.server import response_store
-from danlu.server.database import Database
+from danlu.server.access.database import Database
+from danlu.server.api import response_store
+from danlu.server.api.response_items import input_items
+from danlu.server.api.response_schema import CreateResponse
+from danlu.server.api.response_store import TABLE, ResponseStore
+from danlu.server.api.responses import new_response
 from danlu.server.errors import ApiError
-from danlu.server.response_items import input_items
-from danlu.server.response_schema import CreateResponse
-from danlu.server.response_store import TABLE, ResponseStore
-from danlu.server.responses import new_response
 
 pytestmark = pytest.mark.anyio
 

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from sdk_types import sse_events, validated, validated_event
 from server_process import ServerProcess, serving
 
-from danlu.server.database import Database
-from danlu.server.response_store import ResponseStore
+from danlu.server.access.database import Database
+from danlu.server.api.response_store import ResponseStore
 
 WEATHER = {
     "type": "object",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from danlu.engine.config import SamplingParams
+from danlu.server.api.sampling_fields import SamplingFields
 from danlu.server.errors import ApiError
-from danlu.server.sampling_fields import SamplingFields
 
 GIVEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "temperature": (0.5, {"temperature": 0.5}),

@@ -23,8 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_process import ServerProcess
 
 from danlu.errors import DanluError
+from danlu.server.access.key_file import Limits, add_key
 from danlu.server.config import ServeConfig
-from danlu.server.key_file import Limits, add_key
 from danlu.server.serve import serve
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": True}

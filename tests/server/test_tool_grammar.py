@@ -14,10 +14,10 @@ import torch
 from danlu.engine.config import SamplingParams
 from danlu.engine.grammar import Grammar
 from danlu.engine.logit_rules import SequenceSampler, sample_rows
-from danlu.server.answer_parts import AnswerParser, Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.answer_parts import AnswerParser, Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
+from danlu.server.api.tool_calls import scanner_for
+from danlu.server.api.tool_grammar import answer_grammar, forced_calls, json_rule, strict_calls
 from danlu.server.protocol import ToolFormat
-from danlu.server.tool_calls import scanner_for
-from danlu.server.tool_grammar import answer_grammar, forced_calls, json_rule, strict_calls
 from danlu.tokenizer.tokenizer import Tokenizer
 
 SCHEMAS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ from starlette.middleware import Middleware
 
 from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
-from danlu.server.logs import RequestLog
-from danlu.server.metrics import Metrics
-from danlu.server.tracing import Tracing
+from danlu.server.operation.logs import RequestLog
+from danlu.server.operation.metrics import Metrics
+from danlu.server.operation.tracing import Tracing
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -157,6 +157,6 @@ def test_what_is_no_collector_is_refused(url: str) -> None:
 
 
 def test_without_the_extra_it_is_named() -> None:
-    script = "import sys; sys.modules['opentelemetry.sdk'] = None\nimport danlu.server.tracing"
+    script = "import sys; sys.modules['opentelemetry.sdk'] = None\nimport danlu.server.operation.tracing"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "pip install 'danlu[tracing]'" in done.stderr

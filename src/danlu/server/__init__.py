@@ -1,2 +1,2 @@
-"""The server: an OpenAI- and Anthropic-compatible API and a chat page over the engine, in one process without torch; each
-model runs in a process of its own."""
+"""The server: the APIs of OpenAI and Anthropic and a chat page, in one process without torch; each model runs in a
+process of its own."""

@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from danlu.server.drain import shutting_down
 from danlu.server.errors import ApiError
-from danlu.server.metrics import Metrics
 from danlu.server.models import Entry
+from danlu.server.operation.drain import shutting_down
+from danlu.server.operation.metrics import Metrics
 from danlu.server.protocol import Piece, TokenLogprob, unpack_logprobs
 from danlu.server.remote import Stream, WorkerFailed, WorkerStopped
 

@@ -14,42 +14,39 @@ from starlette.middleware import Middleware
 
 from danlu import __version__
 from danlu.errors import DanluError
-from danlu.server import (
+from danlu.server import page
+from danlu.server.access import login, sessions, usage
+from danlu.server.access.auth import Auth
+from danlu.server.access.data_folder import database_path, key_file_path
+from danlu.server.access.database import Database
+from danlu.server.access.headers import SecurityHeaders, cors
+from danlu.server.access.keys import Keys
+from danlu.server.access.limits import Limits
+from danlu.server.api import (
     chat_completions,
     completions,
-    conversation_store,
-    conversations,
     embeddings,
-    health,
-    login,
     messages,
-    metrics,
     model_list,
-    page,
     rerank,
     response_store,
     responses,
-    sessions,
     tokens,
-    usage,
 )
-from danlu.server.auth import Auth
+from danlu.server.api.response_jobs import Jobs
 from danlu.server.config import ServeConfig, named_models
-from danlu.server.data_folder import database_path, key_file_path
-from danlu.server.database import Database
-from danlu.server.drain import Gate
+from danlu.server.conversations import routes as conversations
+from danlu.server.conversations import store as conversation_store
 from danlu.server.errors import ApiError, answer_error
-from danlu.server.headers import SecurityHeaders, cors
-from danlu.server.keys import Keys
-from danlu.server.limits import Limits
-from danlu.server.logs import RequestLog
-from danlu.server.metrics import Metrics
 from danlu.server.models import Models
-from danlu.server.response_jobs import Jobs
+from danlu.server.operation import health, metrics
+from danlu.server.operation.drain import Gate
+from danlu.server.operation.logs import RequestLog
+from danlu.server.operation.metrics import Metrics
 from danlu.server.serving import Serving
 
 if TYPE_CHECKING:
-    from danlu.server.tracing import Tracing
+    from danlu.server.operation.tracing import Tracing
 
 ROUTES = (
     chat_completions, completions, responses, messages, embeddings, rerank, tokens, model_list,

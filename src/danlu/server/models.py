@@ -15,10 +15,10 @@ from typing import Literal
 from danlu.errors import DanluError
 from danlu.hub.pull import model_path
 from danlu.server.config import ServeConfig, named_models
-from danlu.server.drain import shutting_down
 from danlu.server.errors import ApiError
-from danlu.server.log_format import log
-from danlu.server.metrics import Metrics
+from danlu.server.operation.drain import shutting_down
+from danlu.server.operation.log_format import log
+from danlu.server.operation.metrics import Metrics
 from danlu.server.remote import RemoteModel
 
 State = Literal["unloaded", "loading", "loaded"]

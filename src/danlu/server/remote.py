@@ -14,7 +14,7 @@ from danlu import config as configs
 from danlu.engine.config import SamplingParams
 from danlu.engine.engine_config import EngineConfig
 from danlu.errors import DanluError
-from danlu.server.log_format import log
+from danlu.server.operation.log_format import log
 from danlu.server.protocol import (
     HEADER,
     LONGEST,

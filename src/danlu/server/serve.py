@@ -18,15 +18,15 @@ from danlu.config import validate
 from danlu.console import note
 from danlu.errors import DanluError
 from danlu.hub.sources import parse_source
+from danlu.server.access.data_folder import data_folder, key_file_path
 from danlu.server.app import create_app
 from danlu.server.config import ServeConfig, is_loopback, named_models
-from danlu.server.connections import BACKLOG, ROOM_TO_REFUSE, uvicorn_config
-from danlu.server.data_folder import data_folder, key_file_path
-from danlu.server.drain import DrainingServer
-from danlu.server.log_format import log, set_up_logs
+from danlu.server.operation.connections import BACKLOG, ROOM_TO_REFUSE, uvicorn_config
+from danlu.server.operation.drain import DrainingServer
+from danlu.server.operation.log_format import log, set_up_logs
 
 if TYPE_CHECKING:
-    from danlu.server.tracing import Tracing
+    from danlu.server.operation.tracing import Tracing
 
 OWN_FILES = 256
 """Open files beside connections: the database, models, logs."""
@@ -140,7 +140,7 @@ def _raise_file_limit(connections: int) -> None:
 def _open_tracing(config: ServeConfig) -> Tracing | None:
     if config.traces is None:
         return None
-    from danlu.server.tracing import Tracing  # an extra
+    from danlu.server.operation.tracing import Tracing  # an extra
 
     return Tracing(config.traces)
 

@@ -14,14 +14,15 @@ from starlette.requests import Request
 
 from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
+from danlu.server.access.database import Database
+from danlu.server.access.keys import Admission, Keys, caller_of
+from danlu.server.access.sessions import Sessions
 from danlu.server.answer import Answer, Cost, too_late
 from danlu.server.config import ServeConfig
-from danlu.server.database import Database
-from danlu.server.drain import shutting_down
 from danlu.server.errors import ApiError, from_user_error
-from danlu.server.keys import Admission, Keys, caller_of
-from danlu.server.metrics import Metrics
 from danlu.server.models import Entry, Models
+from danlu.server.operation.drain import shutting_down
+from danlu.server.operation.metrics import Metrics
 from danlu.server.protocol import (
     ChatPrompt,
     Kind,
@@ -34,7 +35,6 @@ from danlu.server.protocol import (
     unpack_logprobs,
 )
 from danlu.server.remote import WorkerFailed, WorkerStopped
-from danlu.server.sessions import Sessions
 
 AS_MANY_AS_FIT = 1 << 24
 """`max_new_tokens` of a request that sets no limit: the answer may fill the context."""

@@ -1,0 +1,1 @@
+"""The APIs of OpenAI and Anthropic, and what others added to them."""

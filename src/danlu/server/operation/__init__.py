@@ -1,0 +1,1 @@
+"""What those who run the server need: logs, metrics, traces, health, a clean end."""
