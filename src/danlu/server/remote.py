@@ -1,4 +1,4 @@
-"""A model in a process of its own, as the server's event loop sees it (see protocol.py and worker.py)."""
+"""A model in a process of its own, as the server's event loop sees it (see protocol.py and worker/)."""
 
 from __future__ import annotations
 

@@ -1,23 +1,10 @@
-"""The process of one model: requests come in over a socket, pieces of answers go out (see protocol.py).
-
-The main thread runs the engine and nothing else. What takes time before a request can run (templates, tokens,
-grammars) is done by other threads, so that it holds up no running answer. The process ends with its socket.
-
-    python -m danlu.server.worker FD NAME SOURCE CONFIG
-"""
+"""Serves a language model: the engine in the main thread; what comes before a request can run, in others."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import json
-import os
 import queue
 import re
-import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,84 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from danlu import config as configs
 from danlu.engine.engine import Engine
 from danlu.engine.engine_config import EngineConfig
 from danlu.engine.logprobs import TokenLogprobs
 from danlu.engine.request import Event, Generation, Request, prompt_ids
-from danlu.errors import DanluError
-from danlu.hub.pull import model_path
-from danlu.server.encoder_worker import WHOLE, EncoderModel, cosines, open_encoder, pack_vectors, texts_of
 from danlu.server.protocol import (
-    HEADER,
     ChatPrompt,
     ModelInfo,
-    Prompt,
-    TextPrompt,
     TokenLogprob,
     ToolFormat,
-    pack,
     pack_logprobs,
     unpack_params,
     unpack_prompt,
 )
-from danlu.tokenizer.special import FIM, THINK
+from danlu.server.worker.encoders import WHOLE, cosines, pack_vectors, texts_of
+from danlu.server.worker.link import Link
+from danlu.server.worker.prompts import PromptReader, known
+from danlu.tokenizer.special import THINK
 from danlu.tokenizer.tokenizer import Tokenizer
-
-PR_SET_PDEATHSIG = 1
 
 STATS_SECONDS = 0.25
 """The server hears how the engine is doing at most that often."""
 
-FIM_TOKENS = (FIM[:3], ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"), ("<|PREFIX|>", "<|MIDDLE|>", "<|SUFFIX|>"))
-"""Prefix, middle and suffix, as families call them."""
-
-NORMALIZED = 4
-"""A tokenizer that normalizes text makes it shorter, by less than this."""
-
 REASONING_OPTIONS = ("enable_thinking", "thinking", "reasoning_effort")
 """Variables by which chat templates switch reasoning."""
 
-
-class Link:
-    """The socket to the server."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._sending = connection, threading.Lock()
-        self._incoming = connection.makefile("rb")
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send a message; any thread may."""
-        data = pack(message)
-        with self._sending:
-            try:
-                self._connection.sendall(data)
-            except OSError:
-                os._exit(0)  # the server is gone
-
-    def receive(self) -> dict[str, Any]:
-        """The next message. The process ends where there is none."""
-        header = self._incoming.read(HEADER.size)
-        if len(header) < HEADER.size:
-            os._exit(0)
-        body = self._incoming.read(HEADER.unpack(header)[0])
-        message: dict[str, Any] = json.loads(body)
-        return message
-
-    def answer(self, number: int, work: Callable[[], Any]) -> None:
-        """Send what ``work`` returns, or why it does not."""
-        try:
-            result = work()
-        except Exception as error:
-            self.refuse(number, error)
-        else:
-            if result is not None:
-                self.send({"id": number, "result": result})
-
-    def refuse(self, number: int, error: Exception) -> None:
-        """Say why there is no result."""
-        user = isinstance(error, DanluError)
-        self.send({"id": number, "error": str(error) if user else f"{type(error).__name__}: {error}", "user": user})
+TOOL_MARKS: dict[ToolFormat, str] = {
+    "mistral": r"\[TOOL_CALLS\]",
+    "llama3": r"<\|python_tag\|>|\"parameters\": dictionary",
+}
+"""What the templates say of models that write tool calls otherwise than Hermes does."""
 
 
 class GeneratorWorker:
@@ -116,9 +55,9 @@ class GeneratorWorker:
         self.engine = Engine(path, config)
         assert self.engine.tokenizer is not None
         self.tokenizer: Tokenizer = self.engine.tokenizer
-        self.info = _info(name, self.engine, self.tokenizer)
+        self._prompts = PromptReader(self.tokenizer)
+        self.info = _info(name, self.engine, self._prompts)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._longest_token = int(self.tokenizer.token_bytes().max())
         self._preparing = ThreadPoolExecutor(2, "prepare")
         self._gathers: dict[str, Gather] = {}
         self._stats_at = 0.0
@@ -155,8 +94,8 @@ class GeneratorWorker:
         prompt = unpack_prompt(message["prompt"])
         is_chat = isinstance(prompt, ChatPrompt)
         which = "messages" if is_chat else "prompt"
-        self._require_near_room(prompt, which)
-        ids = self._ids(prompt)
+        self._prompts.require_near_room(prompt, which, self.info.context)
+        ids = self._prompts.ids(prompt)
         request = self.engine.prepare(ids, params, request_id=str(number), which=which)
         thinking = is_chat and self.tokenizer.decode(ids[-8:]).rstrip().endswith(THINK[0])
 
@@ -169,8 +108,8 @@ class GeneratorWorker:
     def _score(self, message: dict[str, Any]) -> None:
         params = unpack_params(message["params"])
         prompt = unpack_prompt(message["prompt"])
-        self._require_near_room(prompt, "prompt")
-        ids = self._ids(prompt)
+        self._prompts.require_near_room(prompt, "prompt", self.info.context)
+        ids = self._prompts.ids(prompt)
         name = f"{message['id']}/0"
         self._gather(message["id"], [self.engine.prepare(ids, params, task="score", request_id=name, which="prompt")])
 
@@ -207,62 +146,13 @@ class GeneratorWorker:
         self._inbox.put(partial(self._guarded, number, begin))
 
     def _tokenize(self, message: dict[str, Any]) -> list[int]:
-        return self._ids(unpack_prompt(message["prompt"]))
+        return self._prompts.ids(unpack_prompt(message["prompt"]))
 
     def _detokenize(self, message: dict[str, Any]) -> str:
-        return self.tokenizer.decode(_known(self.tokenizer, message["ids"]))
+        return self.tokenizer.decode(known(self.tokenizer, message["ids"]))
 
     def _texts(self, message: dict[str, Any]) -> list[str]:
-        return [self._bytes(i).decode("latin-1") for i in _known(self.tokenizer, message["ids"])]
-
-    def _require_near_room(self, prompt: Prompt, which: str) -> None:
-        """Refuse at once what cannot fit by far: splitting megabytes into tokens takes up to a minute."""
-        match prompt:
-            case ChatPrompt():
-                size = sum(len(text) for one in prompt.messages if isinstance(text := one.get("content"), str))
-            case TextPrompt():
-                size = len(prompt.text)
-            case _:
-                return
-        if size > NORMALIZED * self._longest_token * self.info.context:
-            raise DanluError(
-                f"{which}: has {size} characters, far more than the model's context of {self.info.context} tokens; "
-                "shorten it"
-            )
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, ChatPrompt):
-            return self._chat_ids(prompt)
-        if isinstance(prompt, TextPrompt):
-            return self._text_ids(prompt)
-        return prompt.ids
-
-    def _chat_ids(self, prompt: ChatPrompt) -> list[int]:
-        if not self.info.chat:
-            raise DanluError("messages: this model has no chat template; use /v1/completions")
-        messages, begun = prompt.messages, ""
-        if prompt.continue_last:
-            messages, begun = messages[:-1], messages[-1].get("content") or ""
-        ids = self.tokenizer.encode_chat(
-            messages,
-            add_generation_prompt=prompt.generation_prompt,
-            tools=prompt.tools,
-            template_options=prompt.template_options,
-        )
-        return ids + self.tokenizer.encode(begun) if begun else ids
-
-    def _text_ids(self, prompt: TextPrompt) -> list[int]:
-        if not prompt.special_tokens:
-            return self.tokenizer.encode(prompt.text)
-        if prompt.suffix is None:
-            return prompt_ids(self.tokenizer, prompt.text)
-        tokens = _fim_tokens(self.tokenizer)
-        if tokens is None:
-            raise DanluError("suffix: this model's tokenizer has no tokens for filling a gap; leave it out")
-        prefix, middle, suffix = map(self.tokenizer.id_of, tokens)
-        begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
-        encode = self.tokenizer.encode
-        return [*begin, prefix, *encode(prompt.text), suffix, *encode(prompt.suffix), middle]
+        return [self._bytes(i).decode("latin-1") for i in known(self.tokenizer, message["ids"])]
 
     def _guarded(self, number: int, work: Callable[[], None]) -> None:
         try:
@@ -384,96 +274,9 @@ class Gather:
         return [generation for generation in self._found if generation is not None]
 
 
-class EncoderWorker:
-    """Serves a model that embeds texts or compares pairs of them."""
-
-    def __init__(self, link: Link, name: str, model: EncoderModel) -> None:
-        self.link, self.model = link, model
-        sizes = model.info()
-        self.info = ModelInfo(name, model.kind, sizes["context"], sizes["vocab_size"], sizes["dim"])
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._waiting: set[int] = set()
-
-    def take(self, message: dict[str, Any]) -> None:
-        """A message has come."""
-        if message["op"] == "abort":
-            self._waiting.discard(message["of"])
-        else:
-            self._waiting.add(message["id"])
-            self._inbox.put(partial(self._answer, message))
-
-    def run(self) -> None:
-        """Answer one after the other, for ever."""
-        while True:
-            self._inbox.get()()
-
-    def _answer(self, message: dict[str, Any]) -> None:
-        if message["id"] in self._waiting:  # nobody has stopped to wait
-            self.link.answer(message["id"], partial(self._work, message))
-            self._waiting.discard(message["id"])
-
-    def _work(self, message: dict[str, Any]) -> Any:
-        tokenizer = self.model.tokenizer
-        match message["op"]:
-            case "embed":
-                vectors_nd, n_tokens = self.model.embed(message["inputs"], message["truncate"])
-                return {"vectors": pack_vectors(vectors_nd, message["dimensions"]), "prompt_tokens": n_tokens}
-            case "rank":
-                scores, n_tokens = self.model.similarity(
-                    [tuple(pair) for pair in message["pairs"]], message["truncate"]
-                )
-                return {"scores": scores, "prompt_tokens": n_tokens}
-            case "tokenize":
-                prompt = unpack_prompt(message["prompt"])
-                if not isinstance(prompt, TextPrompt):
-                    raise DanluError("messages: this model is no chat model; give a prompt")
-                return self.model.tokenize(prompt.text, prompt.special_tokens)
-            case "detokenize":
-                return tokenizer.decode(_known(tokenizer, message["ids"]))
-            case "texts":
-                return [tokenizer.decode_bytes([i]).decode("latin-1") for i in _known(tokenizer, message["ids"])]
-            case "check":
-                return {}
-        raise DanluError("model: this model embeds or compares texts and writes none; name another")
-
-
-def main() -> None:
-    """Open the model and serve it until the socket closes."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):  # the server tells when to end, by closing the socket
-        signal.signal(signal_number, signal.SIG_IGN)
-    if sys.platform == "linux":  # the socket tells too, but not to a process that is busy or was stopped
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    fd, name, source, options = sys.argv[1:]
-    link = Link(socket.socket(fileno=int(fd)))
-    incoming: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    worker: GeneratorWorker | EncoderWorker | None = None
-
-    def receive() -> None:
-        while True:
-            message = link.receive()
-            if worker is None:
-                incoming.put(message)
-            else:
-                worker.take(message)
-
-    threading.Thread(target=receive, name="receive", daemon=True).start()
-    try:
-        path = model_path(source)
-        if (encoder := open_encoder(path)) is not None:
-            worker = EncoderWorker(link, name, encoder)
-        else:
-            worker = GeneratorWorker(link, name, path, configs.load(EngineConfig, values=json.loads(options)))
-    except (DanluError, OSError, MemoryError) as error:
-        link.refuse(0, error if isinstance(error, DanluError) else DanluError(f"{source}: {error}"))
-        os._exit(1)
-    link.send({"id": 0, "result": dataclasses.asdict(worker.info)})
-    worker.run()
-
-
-def _info(name: str, engine: Engine, tokenizer: Tokenizer) -> ModelInfo:
+def _info(name: str, engine: Engine, prompts: PromptReader) -> ModelInfo:
     shape = engine.runner.config
-    template = str(tokenizer.config.get("chat_template") or "")
-    formats: dict[ToolFormat, str] = {"mistral": "[TOOL_CALLS]", "llama3": "<|python_tag|>"}
+    template = prompts.template
     return ModelInfo(
         name=name,
         kind="generate",
@@ -481,31 +284,10 @@ def _info(name: str, engine: Engine, tokenizer: Tokenizer) -> ModelInfo:
         vocab_size=shape.vocab_size,
         dim=shape.dim,
         chat=bool(template),
-        fills_middle=_fim_tokens(tokenizer) is not None,
+        fills_middle=prompts.gap_tokens is not None,
         thinks="reasoning_content" in template or "thinking" in template,
         template_has_tools=re.search(r"\btools\b", template) is not None,
         template_options=tuple(o for o in REASONING_OPTIONS if re.search(rf"\b{o}\b", template)),
-        tool_format=next((form for form, mark in formats.items() if mark in template), "hermes"),
+        tool_format=next((form for form, mark in TOOL_MARKS.items() if re.search(mark, template)), "hermes"),
         kernels=getattr(engine.runner, "path", None) or "torch",
     )
-
-
-def _known(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    """Token ids, all of them of the vocabulary."""
-    if max(ids, default=0) >= tokenizer.vocab_size:
-        raise DanluError(f"tokens: has ids outside the vocabulary of {tokenizer.vocab_size}; use the model's tokenizer")
-    return ids
-
-
-def _fim_tokens(tokenizer: Tokenizer) -> tuple[str, ...] | None:
-    for tokens in FIM_TOKENS:
-        try:
-            if all(tokenizer.is_special(tokenizer.id_of(token)) for token in tokens):
-                return tokens
-        except DanluError:
-            continue
-    return None
-
-
-if __name__ == "__main__":
-    main()

@@ -15,7 +15,7 @@ from tiny_cross_encoder import cross_encoder_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from danlu.errors import DanluError
-from danlu.server.encoder_worker import BATCH_TOKENS, EncoderModel, batches, open_encoder, pack_vectors
+from danlu.server.worker.encoders import BATCH_TOKENS, EncoderModel, batches, open_encoder, pack_vectors
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -1,0 +1,1 @@
+"""The process of one model. `__main__.py` is its program."""
