@@ -24,8 +24,10 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SHORT = {"max_tokens": 12}
-"""The tiny model never ends by itself."""
+ENDLESS = {"seed": 1, "extra": {"ignore_eos": True}}
+SHORT = {"max_tokens": 12, **ENDLESS}
+LONG = {"max_tokens": 3000, **ENDLESS}
+"""How long the babble of the tiny model is."""
 
 
 class Visitor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from page_driver import Visitor
+from page_driver import LONG, Visitor
 
 Visit = Callable[..., Visitor]
 
@@ -260,7 +260,7 @@ def fits(someone: Visitor, name: str) -> None:
 
 
 def test_motion_is_left_out_for_those_who_wish_so(visit: Visit) -> None:
-    someone = visit({"max_tokens": 3000}, reduced_motion="reduce")
+    someone = visit(LONG, reduced_motion="reduce")
     someone.ask("Go on", wait=False)
     assert someone.page.evaluate("getComputedStyle(document.querySelector('.seal')).animationName") == "none"
     someone.page.press("#message", "Escape")

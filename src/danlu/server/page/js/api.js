@@ -18,7 +18,7 @@ export async function request(path, { method = "GET", body, signal } = {}) {
       method,
       signal,
       headers: body === undefined ? {} : { "Content-Type": "application/json" },
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined ? undefined : JSON.stringify(body, sendable),
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -70,3 +70,8 @@ export const conversations = {
   exportPlace: (id, format) => `${place(id)}/export?format=${format}`,
   exportAllPlace: () => `${CONVERSATIONS}/export`,
 };
+
+/** The server takes no NUL and no half of a character, both of which a model may write and a user may paste. */
+function sendable(key, value) {
+  return typeof value === "string" ? value.replaceAll("\0", "\ufffd").toWellFormed() : value;
+}
