@@ -99,9 +99,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(preload())
-        documenting = asyncio.create_task(
-            asyncio.to_thread(app.openapi)
-        )  # it would hold up others when it is asked for
+        # Now, and in a thread: it takes seconds, in which nobody would be answered.
+        documenting = asyncio.create_task(asyncio.to_thread(app.openapi))
         try:
             yield
         finally:

@@ -128,18 +128,17 @@ class Serving:
                 params = replace(params, max_new_tokens=(granted - about) // n)
             self._require("generate", remote.info)
             self._require_room(params, remote.info, names or {})
-            with _refusals(names):
-                generating = remote.generate(prompt, params)
-                stream = await generating.__aenter__()
-            answer = Answer(request.state.request_id, entry, stream, until, self.metrics)
-            request.state.answer = answer
-            try:
-                yield answer
-            finally:
-                await generating.__aexit__(None, None, None)
-                used = answer.usage
-                cost.prompt_tokens, cost.cached_tokens = used.prompt_tokens, used.cached_tokens
-                cost.completion_tokens = used.completion_tokens
+            async with contextlib.AsyncExitStack() as running:
+                with _refusals(names):
+                    stream = await running.enter_async_context(remote.generate(prompt, params))
+                answer = Answer(request.state.request_id, entry, stream, until, self.metrics)
+                request.state.answer = answer
+                try:
+                    yield answer
+                finally:
+                    used = answer.usage
+                    cost.prompt_tokens, cost.cached_tokens = used.prompt_tokens, used.cached_tokens
+                    cost.completion_tokens = used.completion_tokens
 
     async def score_tokens(
         self,
