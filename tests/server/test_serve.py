@@ -339,7 +339,9 @@ def test_with_keys_it_may_be_public_and_ctrl_c_ends_it(start: Any, tmp_path: Pat
 
 def test_a_hub_that_does_not_answer_does_not_keep_it_from_ending(start: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hub:
-        env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "DANLU_HOME": str(tmp_path)}
+        hub.settimeout(60)
+        address = f"http://127.0.0.1:{hub.getsockname()[1]}"
+        env = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "DANLU_HOME": str(tmp_path)}
         server = start(model="hf:some/model", **env).wait_until_listening()
         asked, _ = hub.accept()
         with asked:

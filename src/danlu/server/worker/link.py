@@ -31,10 +31,13 @@ class Link:
 
     def receive(self) -> dict[str, Any]:
         """The next message. The process ends where there is none."""
-        header = self._incoming.read(HEADER.size)
-        if len(header) < HEADER.size:
+        try:
+            header = self._incoming.read(HEADER.size)
+            if len(header) < HEADER.size:
+                os._exit(0)
+            body = self._incoming.read(HEADER.unpack(header)[0])
+        except OSError:  # the server was in a hurry
             os._exit(0)
-        body = self._incoming.read(HEADER.unpack(header)[0])
         message: dict[str, Any] = json.loads(body)
         return message
 
