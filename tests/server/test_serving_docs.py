@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 from danlu.cli import build_app
 
@@ -30,20 +32,13 @@ def test_the_clients(code: str, smollm2_url: str) -> None:
 
 
 def test_the_options_exist() -> None:
-    import click
-    import typer.main
-
-    words = {
-        option.lstrip("-")
-        for verb in (["serve"], ["keys", "create"], ["keys", "usage"])
-        for parameter in _command(typer.main.get_command(build_app(verb)), verb).params
-        if isinstance(parameter, click.Option)
-        for option in parameter.opts
-    }
-    assert [option for option in OPTIONS if option not in words | OTHERS] == []
+    verbs = (["serve"], ["keys", "create"], ["keys", "usage"])
+    known = {option.lstrip("-") for words in verbs for parameter in _parameters(words) for option in parameter.opts}
+    assert [option for option in OPTIONS if option not in known | OTHERS] == []
 
 
-def _command(app: object, words: list[str]) -> object:
+def _parameters(words: list[str]) -> list[Any]:
+    command: Any = typer.main.get_command(build_app(words))
     for word in words:
-        app = app.commands[word]  # type: ignore[attr-defined]
-    return app
+        command = command.commands[word]
+    return list(command.params)
