@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from danlu.errors import DanluError
 from danlu.server.worker.encoders import BATCH_TOKENS, EncoderModel, batches, open_encoder, pack_vectors
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 TEXTS = ["hello world", "", "你好,世界", "naïve café 😀", "a " * 100, "1234567890 " * 9, "hello world"]
 PAIRS = [("hello", "hello world"), ("你好", "世界"), ("a b c", ""), ("q", "w e r t y u i o p"), ("hello", "a b")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 from sentence_transformers import CrossEncoder
 
 from danlu.models.embedder import Embedder
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 QUERY = "hello"
 DOCUMENTS = ["hello world", "你好", "a b c", "", "hello"]
