@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,22 @@ def test_packed_weights_are_as_good_as_the_unpacked_ones(smollm2: Path) -> None:
     expected = logprobs.gather(1, torch.tensor(ids[1:])[:, None]).mean()
     ratio = torch.exp(expected - sum(found) / len(found))
     assert abs(ratio - 1) < 0.008
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_kernels), "torch"])
+def test_memory_of_the_cache_is_taken_when_it_fills_or_at_once(kernels: Any) -> None:
+    with Engine(random_model(), EngineConfig(kernels=kernels)) as engine:
+        blocks = [(64 << 20) // engine.runner.block_bytes(0)]
+        ctypes.CDLL(None).malloc_trim(0)  # or it could come from what other tests have freed
+        before = resident()
+        engine.runner.allocate(blocks)
+        as_it_fills = resident() - before
+        engine.runner.allocate(blocks, reserve=True)
+        at_once = resident() - before
+    assert as_it_fills < 16 << 20
+    assert at_once > 48 << 20

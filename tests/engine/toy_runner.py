@@ -89,7 +89,7 @@ class ToyRunner:
     def block_bytes(self, group: int) -> int:
         return 1 << 10
 
-    def allocate(self, n_blocks: Sequence[int]) -> None:
+    def allocate(self, n_blocks: Sequence[int], *, reserve: bool = False) -> None:
         self.memory = [np.full((n, self.block_size), UNWRITTEN, dtype=np.int64) for n in n_blocks]
 
     def copy_blocks(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:

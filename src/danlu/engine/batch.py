@@ -104,8 +104,12 @@ class Runner(Protocol):
     def block_bytes(self, group: int) -> int:
         """Memory of one block of a group, all its layers, keys and values."""
 
-    def allocate(self, n_blocks: Sequence[int]) -> None:
-        """Make room for so many blocks in each group; what was cached is lost."""
+    def allocate(self, n_blocks: Sequence[int], *, reserve: bool = False) -> None:
+        """Make room for so many blocks in each group; what was cached is lost.
+
+        Args:
+            reserve: take the memory from the system now, not when it is written to first.
+        """
 
     def run(self, batch: Batch) -> Tensor:
         """Store the keys and values of the batch's tokens; logits at ``logits_at``, (rows, vocab) fp32, which the next

@@ -89,7 +89,7 @@ class Engine:
         shape = self.runner.config
         context = min(shape.context, self.config.context or shape.context)
         n_blocks = blocks_that_fit(self.runner, self.config, context)
-        self.runner.allocate(n_blocks)
+        self.runner.allocate(n_blocks, reserve=self.config.kv_reserve)
         self.max_len = longest_that_fits(self.runner, n_blocks, context)
         """Tokens that prompt and answer can have together."""
         blocks = BlockManager(

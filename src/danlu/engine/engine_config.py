@@ -30,6 +30,7 @@ class EngineConfig:
     kv_share: float = option(
         0.3, "Share of the machine's memory (of a GPU: of what is free) that the KV cache may take.", gt=0, lt=1
     )
+    kv_reserve: bool = option(False, "Take the memory of the KV cache at once, not as it fills.")
     kv_dtype: KVDtype = option("auto", "Dtype of keys and values; auto: that of the activations.")
     block_size: int = option(16, "Tokens of a block of the KV cache.", unit="tokens", ge=1, le=1024)
     prefix_cache: bool = option(True, "Keep what was computed for prompts that begin alike.")

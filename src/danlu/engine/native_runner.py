@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -151,13 +152,16 @@ class NativeRunner:
         values = native.TILE * self.config.head_dim
         return {"fp32": 4 * values, "bf16": 2 * values, "int8": values + 4 * native.TILE}[self.kv_dtype]
 
-    def allocate(self, n_blocks: Sequence[int]) -> None:
+    def allocate(self, n_blocks: Sequence[int], *, reserve: bool = False) -> None:
         width = self.config.n_kv_heads * self._head_bytes()
         shapes = [(n, len(group.layers), width) for group, n in zip(self.groups, n_blocks, strict=True)]
         self._caches = [
             (huge_pages(math.prod(shape)).reshape(shape), huge_pages(math.prod(shape)).reshape(shape))
             for shape in shapes
         ]
+        if reserve:
+            for memory in (one for pair in self._caches for one in pair):
+                memory.reshape(-1)[:: mmap.PAGESIZE] = 0
         self._cache_structs = (native.Cache * len(self.groups))(
             *(native.Cache(k.ctypes.data, v.ctypes.data, k.shape[1]) for k, v in self._caches)
         )

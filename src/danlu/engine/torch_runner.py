@@ -65,9 +65,9 @@ class TorchRunner:
         return self._kv.block_bytes(group)
 
     @torch.inference_mode()
-    def allocate(self, n_blocks: Sequence[int]) -> None:
+    def allocate(self, n_blocks: Sequence[int], *, reserve: bool = False) -> None:
         """Make room for so many blocks in each group, and one more for the runner itself; what was cached is lost."""
-        self._kv.allocate(n_blocks)
+        self._kv.allocate(n_blocks, reserve=reserve)
 
     @torch.inference_mode()
     def copy_blocks(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:

@@ -60,17 +60,23 @@ class PagedKV:
         vectors = 2 * self.config.n_kv_heads * self.block_size * len(self.groups[group])
         return vectors * (self.config.head_dim * self.dtype.itemsize + scale)
 
-    def allocate(self, n_blocks: Sequence[int]) -> None:
+    def allocate(self, n_blocks: Sequence[int], *, reserve: bool = False) -> None:
         """Make room for so many blocks in each group; what was stored is lost. Each group gets one block more: the
-        last, which stays zero and is read where a shorter sequence has nothing."""
+        last, which stays zero and is read where a shorter sequence has nothing.
+
+        Args:
+            reserve: take the memory from the system now, not when it is written to first.
+        """
         config = self.config
         self._blocks: list[Tensor] = []  # (layers, blocks, block_size, 2, kv_heads, head_dim) of each group
         self._scales: list[Tensor] = []  # the same with head_dim 1, of int8
         for layers, n in zip(self.groups, n_blocks, strict=True):
             shape = (len(layers), n + 1, self.block_size, 2, config.n_kv_heads)
-            self._blocks.append(torch.zeros(*shape, config.head_dim, dtype=self.dtype, device=self.device))
+            self._blocks.append(torch.empty(*shape, config.head_dim, dtype=self.dtype, device=self.device))
             if self.quantized:
-                self._scales.append(torch.zeros(*shape, 1, dtype=SCALE_DTYPE, device=self.device))
+                self._scales.append(torch.empty(*shape, 1, dtype=SCALE_DTYPE, device=self.device))
+        for memory in self._blocks + self._scales:
+            (memory if reserve else memory[:, -1]).zero_()
         self._slots = self._by_layer(self._blocks)
         self._slot_scales = self._by_layer(self._scales)
 

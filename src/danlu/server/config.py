@@ -24,6 +24,10 @@ class ServeConfig(EngineConfig):
         "name=model. The first is loaded at once, others when they are asked for.",
         positional=True,
     )
+    kv_share: float = option(0.1, "Share of the machine's memory that the KV cache of a model may take.", gt=0, lt=1)
+    kv_reserve: bool = option(
+        True, "Take the memory of the KV cache when a model is loaded, so that a server does not grow."
+    )
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
     data: Path | None = option(None, DATA_HELP)
