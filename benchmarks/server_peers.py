@@ -64,6 +64,7 @@ PEERS = {
         lambda model, port, threads, _: [
             "-m", "llama_cpp.server", "--model", str(model), "--port", str(port), "--n_ctx", "2048",
             "--n_threads", str(threads), "--n_threads_batch", str(threads),
+            "--interrupt_requests", "false",  # by default a request ends the one before
         ],
         "/v1/models",
         lambda _, n: {"max_tokens": n, "temperature": 0, "logit_bias": {str(i): -100 for i in END_TOKENS}},

@@ -24,7 +24,12 @@ class ServeConfig(EngineConfig):
         "name=model. The first is loaded at once, others when they are asked for.",
         positional=True,
     )
-    kv_share: float = option(0.1, "Share of the machine's memory that the KV cache of a model may take.", gt=0, lt=1)
+    kv_memory: int | None = option(
+        1024,
+        "Memory of a model's KV cache; it also bounds the longest conversation. None: kv_share of what there is.",
+        unit="MiB",
+        ge=1,
+    )
     kv_reserve: bool = option(
         True, "Take the memory of the KV cache when a model is loaded, so that a server does not grow."
     )
