@@ -45,15 +45,20 @@ class Answer:
         thinking: the prompt ends inside a thought.
         submitted_at: seconds since 1970 when the engine got it.
         finish_reasons: of the answers that have ended.
+
+    Args:
+        keep_texts: for :attr:`texts`.
     """
 
-    def __init__(self, request_id: str, entry: Entry, stream: Stream, until: float, metrics: Metrics) -> None:
+    def __init__(
+        self, request_id: str, entry: Entry, stream: Stream, until: float, metrics: Metrics, *, keep_texts: bool = False
+    ) -> None:
         self.id, self.model, self.created = request_id, entry.name, int(time.time())
         self.prompt_tokens, self.thinking = stream.prompt_tokens, stream.thinking
         self.submitted_at = time.time()
         self.finish_reasons: list[str] = []
         self._stream, self._until, self._metrics = stream, until, metrics
-        self._texts: dict[int, list[str]] = {}
+        self._texts: dict[int, list[str]] | None = {} if keep_texts else None
         self._told_tokens = 0
         self._last_at: dict[int, float] = {}
         self._begun_at = time.monotonic()
@@ -85,7 +90,8 @@ class Answer:
         n, now = len(piece.token_ids), time.monotonic()
         if piece.finish_reason is not None:
             self.finish_reasons.append(piece.finish_reason)
-        self._texts.setdefault(piece.index, []).append(piece.text)
+        if self._texts is not None:
+            self._texts.setdefault(piece.index, []).append(piece.text)
         if not n:
             return
         if not self._last_at:
@@ -104,9 +110,9 @@ class Answer:
         return Cost(self.prompt_tokens, end["cached_tokens"], end["completion_tokens"])
 
     @property
-    def texts(self) -> list[str]:
-        """The answers as far as they were told."""
-        return ["".join(pieces) for _, pieces in sorted(self._texts.items())]
+    def texts(self) -> list[str] | None:
+        """The answers as far as they were told; None where they were not kept."""
+        return None if self._texts is None else ["".join(pieces) for _, pieces in sorted(self._texts.items())]
 
     @property
     def timings(self) -> Timings | None:

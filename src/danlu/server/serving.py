@@ -131,7 +131,9 @@ class Serving:
             async with contextlib.AsyncExitStack() as running:
                 with _refusals(names):
                     stream = await running.enter_async_context(remote.generate(prompt, params))
-                answer = Answer(request.state.request_id, entry, stream, until, self.metrics)
+                answer = Answer(
+                    request.state.request_id, entry, stream, until, self.metrics, keep_texts=self.config.log_prompts
+                )
                 request.state.answer = answer
                 try:
                     yield answer

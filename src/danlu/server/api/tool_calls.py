@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Generator
 
 from danlu.server.api.answer_parts import CallScanner, Part, Said, ToolCallArguments, ToolCallBegun, overlap
@@ -237,16 +238,11 @@ def _hex() -> Generator[None, str, str]:
     return digits
 
 
-class TaggedCalls:
-    """Calls between ``<tool_call>`` and ``</tool_call>``. White space round them is no text."""
+class StepwiseScanner(ABC):
+    """Holds text back until it is certain what it is."""
 
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-        self._n_calls = 0
+    def __init__(self) -> None:
         self._held = ""
-        self._gap = ""  # white space behind the last text
-        self._reader: CallReader | None = None
-        self._closing = False
 
     def push(self, text: str) -> list[Part]:
         """More of the answer."""
@@ -256,8 +252,27 @@ class TaggedCalls:
             parts += found
         return parts
 
+    @abstractmethod
     def finish(self) -> list[Part]:
         """The answer has ended."""
+
+    @abstractmethod
+    def _step(self) -> list[Part] | None:
+        """What comes next in what is held; None: that cannot be told yet."""
+
+
+class TaggedCalls(StepwiseScanner):
+    """Calls between ``<tool_call>`` and ``</tool_call>``. White space round them is no text."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self._names = names
+        self._n_calls = 0
+        self._gap = ""  # white space behind the last text
+        self._reader: CallReader | None = None
+        self._closing = False
+
+    def finish(self) -> list[Part]:
         if self._reader is not None:
             return [] if self._reader.begun else [Said(self._gap + TOOL_CALL[0] + self._reader.raw)]
         held = "" if self._closing else self._held
@@ -265,7 +280,6 @@ class TaggedCalls:
         return [Said(text)] if held or (text and not self._n_calls) else []
 
     def _step(self) -> list[Part] | None:
-        """What comes next in what is held; None: that cannot be told yet."""
         if self._reader is not None:
             return self._read(self._reader)
         if self._closing and not self._close():
@@ -319,7 +333,7 @@ class TaggedCalls:
         return True
 
 
-class BareCalls:
+class BareCalls(StepwiseScanner):
     """Calls that are the whole answer: objects in a row, or a list of them.
 
     Args:
@@ -328,23 +342,14 @@ class BareCalls:
     """
 
     def __init__(self, names: Collection[str], mark: str, id_chars: int | None = None) -> None:
+        super().__init__()
         self._names, self._mark, self._id_chars = names, mark, id_chars
         self._n_calls = 0
-        self._held = ""
         self._lead = ""  # what was skipped before the call that is read
         self._reader: CallReader | None = None
         self._plain = False
 
-    def push(self, text: str) -> list[Part]:
-        """More of the answer."""
-        self._held += text
-        parts: list[Part] = []
-        while self._held and (found := self._step()) is not None:
-            parts += found
-        return parts
-
     def finish(self) -> list[Part]:
-        """The answer has ended."""
         text = self._held
         if self._reader is not None:
             text = "" if self._reader.begun else self._lead + self._reader.raw

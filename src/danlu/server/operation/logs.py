@@ -105,7 +105,7 @@ class RequestRecord:
             finish_reasons=list(answer.finish_reasons) if answer is not None else [],
             error_code=None if exchange.gone else code,
             prompt=state.get("prompt") if with_text else None,
-            answers=list(answer.texts) if answer is not None and with_text else None,
+            answers=answer.texts if answer is not None and with_text else None,
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -36,7 +37,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
 """What sentence-transformers makes of a cross-encoder's logit."""
 
 
-class EncoderModel:
+class EncoderModel(ABC):
     """A model that reads whole texts at once.
 
     Attributes:
@@ -48,9 +49,9 @@ class EncoderModel:
     tokenizer: Tokenizer
     max_length: int
 
+    @abstractmethod
     def info(self) -> dict[str, int]:
         """What a ModelInfo tells of it: context, vocab_size and dim."""
-        raise NotImplementedError
 
     def embed(self, inputs: Sequence[str | list[int]], truncate: int | None = None) -> tuple[Tensor, int]:
         """Vectors of length 1 of texts or token ids, (n, dim) fp32 in their order, and how many tokens were read.
@@ -64,6 +65,7 @@ class EncoderModel:
         """
         raise DanluError("model: this one compares pairs of texts and has no embeddings; name an embedding model")
 
+    @abstractmethod
     def similarity(self, pairs: Sequence[tuple[str, str]], truncate: int | None = None) -> tuple[list[float], int]:
         """How well the texts of each pair go together, the higher the better, and how many tokens were read.
 
@@ -73,7 +75,6 @@ class EncoderModel:
         Raises:
             DanluError: a pair is too long; its number is in the message.
         """
-        raise NotImplementedError
 
     def tokenize(self, text: str, special_tokens: bool) -> list[int]:
         """Ids of a text, with the special tokens of the family round it or without."""
