@@ -53,12 +53,13 @@ class ChatRow:
     text: str | None = None
 
 
-def chat_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+def chat_messages(row: Mapping[str, Any], where: str, *, answered: bool = True) -> list[dict[str, Any]] | None:
     """The messages of a row, or None when its fields are those of no chat format.
 
     Args:
         row: a row of a data set.
         where: file and line, put in front of errors.
+        answered: the assistant must have said something.
 
     Raises:
         DanluError: the row is a chat, and a broken one.
@@ -67,6 +68,8 @@ def chat_messages(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | 
         if all(row.get(key) is not None for key in keys):
             messages = read(row, where)
             _check(messages, where)
+            if answered and not any(message["role"] == "assistant" for message in messages):
+                raise DanluError(f"{where}: no message is the assistant's; there is nothing to learn")
             return messages
     return None
 
@@ -240,5 +243,3 @@ def _check(messages: list[dict[str, Any]], where: str) -> None:
         if not message["content"].strip() and not message.get("tool_calls") and role != "tool":
             raise DanluError(f"{where}: message {number} ({role}) is empty")
         last = role
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DanluError(f"{where}: no message is the assistant's; there is nothing to learn")

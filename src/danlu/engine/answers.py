@@ -159,7 +159,7 @@ class Answers:
             if sampled.logprobs is not None:
                 line.logprob += sampled.logprobs.logprob
             if token_id in line.sampler.stop_ids:
-                reason = "stop"
+                reason, line.stop_token = "stop", sampled
                 break
             line.token_ids.append(token_id)
             if sampled.logprobs is not None:

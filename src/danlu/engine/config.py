@@ -72,6 +72,9 @@ class SamplingParams:
     logprobs: int | None = option(
         None, "Log-probabilities of the answer's tokens, with so many most likely ones.", ge=0, le=MOST_LOGPROBS
     )
+    logprobs_temperature: float = option(
+        1.0, "Log-probabilities of the answer are told as if the logits were divided by this.", gt=0, le=100
+    )
     prompt_logprobs: int | None = option(
         None, "Log-probabilities of the prompt's tokens, with so many most likely ones.", ge=0, le=MOST_LOGPROBS
     )

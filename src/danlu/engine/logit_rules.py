@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 
 ONLY_IN_ENGINE = (
-    "n", "best_of", "beams", "logprobs", "prompt_logprobs", "banned_strings", "json_schema", "regex", "choice",
-    "grammar", "min_new_tokens", "ignore_eos", "stop_ids",
+    "n", "best_of", "beams", "logprobs", "logprobs_temperature", "prompt_logprobs", "banned_strings", "json_schema",
+    "regex", "choice", "grammar", "min_new_tokens", "ignore_eos", "stop_ids",
 )  # fmt: skip
 """Options that need more than the logits of a row."""
 
@@ -190,8 +190,8 @@ def sample_rows(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> list[
     found = []
     for row, choice, sampler in zip(rows, choices, samplers, strict=True):
         token_id = choice if isinstance(choice, int) else draw(choice, sampler.generator)
-        n = sampler.params.logprobs
-        found.append(Sampled(token_id, None if n is None else token_logprobs(_sane(row), token_id, n)))
+        n, told_at = sampler.params.logprobs, sampler.params.logprobs_temperature
+        found.append(Sampled(token_id, None if n is None else token_logprobs(_sane(row), token_id, n, told_at)))
     return found
 
 

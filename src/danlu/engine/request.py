@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from danlu.engine.beam import BeamSearch
     from danlu.engine.drafts import Drafter
     from danlu.engine.logit_rules import SequenceSampler
-    from danlu.engine.logprobs import TokenLogprobs
+    from danlu.engine.logprobs import Sampled, TokenLogprobs
     from danlu.tokenizer.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -39,7 +39,7 @@ class Completion:
 
     ``finish_reason`` is "stop" (a stop token, a stop string, or a grammar that is complete), "length"
     (`max_new_tokens`, or the context is full), "abort" or "error". ``logprobs`` has an entry for each of ``token_ids``
-    where they were asked for. ``stop_text`` is the stop string that ended it.
+    where they were asked for. ``stop_text`` is the stop string that ended it, ``stop_token`` the stop token.
     """
 
     text: str
@@ -47,6 +47,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[TokenLogprobs] | None = None
     stop_text: str | None = None
+    stop_token: Sampled | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     logprob: float = 0.0
     n_chosen: int = 0
+    stop_token: Sampled | None = None
     unit: Unit = field(init=False)
     sampler: SequenceSampler = field(init=False)
 
@@ -144,7 +146,8 @@ class Sequence:
         """What the sequence has come to."""
         assert self.finish_reason is not None
         logprobs = self.logprobs if self.request.params.logprobs is not None else None
-        return Completion("".join(self.text), self.answer_ids, self.finish_reason, logprobs, self.stop_text)
+        text = "".join(self.text)
+        return Completion(text, self.answer_ids, self.finish_reason, logprobs, self.stop_text, self.stop_token)
 
     @property
     def stop_text(self) -> str | None:

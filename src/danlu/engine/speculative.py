@@ -65,5 +65,5 @@ def _judge(logits_1v: Tensor, guess: int, draft_probs_v: Tensor, sampler: Sequen
     # Two distributions that are equal but for rounding leave no rest.
     if draw * float(draft_probs_v[guess]) >= float(probs_v[guess]) and bool(rest_v.any()):
         token_id = int(torch.multinomial(rest_v, 1, generator=sampler.generator))
-    n = sampler.params.logprobs
-    return Sampled(token_id, None if n is None else logprobs_of(logits_1v, [token_id], n)[0])
+    n, told_at = sampler.params.logprobs, sampler.params.logprobs_temperature
+    return Sampled(token_id, None if n is None else logprobs_of(logits_1v, [token_id], n, told_at)[0])

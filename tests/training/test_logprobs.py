@@ -1,0 +1,65 @@
+"""Log-probabilities of packed examples are those of each example alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from danlu.data.packed_examples import Example, pack_examples
+from danlu.models.causal_lm import CausalLM
+from danlu.nn.config import ModelConfig, Rope
+from danlu.training import logprobs
+from danlu.training.logprobs import target_logprobs
+
+EXAMPLES: list[Example] = [
+    ([5, 6, 7, 8, 9], [False, False, True, True, True]),
+    ([1, 2], [False, True]),
+    ([3, 4, 5], [False, False, False]),
+    ([9, 8, 7, 6, 5, 4, 3], [False, False, False, False, True, False, True]),
+]
+
+
+@pytest.fixture
+def model() -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(
+        ModelConfig(
+            vocab_size=40, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, context=64, rope=Rope()
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def alone(model: CausalLM, example: Example, temperature: float) -> Tensor:
+    ids, mask = torch.tensor(example[0]), torch.tensor(example[1])
+    logps = (model(ids[None, :-1])[0] / temperature).log_softmax(-1)
+    return logps.gather(1, ids[1:, None])[:, 0][mask[1:]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("row_len", [0, 16])
+def test_packed_is_alone(model: CausalLM, temperature: float, row_len: int) -> None:
+    packed = pack_examples(EXAMPLES, row_len=row_len)
+    logps_bt, entropy_bt = target_logprobs(model, packed, temperature=temperature, with_entropy=True)
+    assert entropy_bt is not None
+    assert not entropy_bt.requires_grad
+    for row, mask, example in zip(logps_bt, packed.mask_bt, EXAMPLES, strict=True):
+        torch.testing.assert_close(row[mask], alone(model, example, temperature), atol=1e-5, rtol=0)
+        assert not row[~mask].any()
+
+
+def test_gradients_are_those_of_each_alone_whatever_is_made_at_once(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sum(alone(model, example, 1.0).sum() for example in EXAMPLES).backward()  # type: ignore[union-attr]
+    wanted = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    for rows in (2, 1024):
+        monkeypatch.setattr(logprobs, "HEAD_ROWS", rows)
+        model.zero_grad()
+        target_logprobs(model, pack_examples(EXAMPLES))[0].sum().backward()
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
