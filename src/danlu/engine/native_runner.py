@@ -76,6 +76,7 @@ class NativeRunner:
         kv_dtype: of the cache; auto: fp32 beside fp32 weights, else bf16.
         weight_dtype: what float matrices are turned into: int8 (Q8_0), int4 (Q4_1), or none: kept.
         threads: default as torch has them.
+        only_copy: the weights are for this runner alone; see :func:`danlu.engine.packed.pack`.
 
     Raises:
         DanluError: the kernels are not there or do not cover the model; see :func:`why_not`.
@@ -92,6 +93,7 @@ class NativeRunner:
         kv_dtype: Literal["auto", "fp32", "bf16", "int8"] = "auto",
         weight_dtype: Literal["int8", "int4"] | None = None,
         threads: int | None = None,
+        only_copy: bool = False,
     ) -> None:
         if reason := why_not(config):
             raise DanluError(f"the native kernels cannot run this model: {reason}")
@@ -105,7 +107,7 @@ class NativeRunner:
         self._ropes = _Ropes(config)
         self._step: int | None = None
         self._caches: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = []
-        self._build(weights)
+        self._build(weights, only_copy=only_copy)
         if kv_dtype == "auto":
             kv_dtype = "fp32" if self._matrices[0].kind == "F32" else "bf16"
         self.kv_dtype = kv_dtype
@@ -114,7 +116,7 @@ class NativeRunner:
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> NativeRunner:
         """A model folder or GGUF file, its weights as they are stored."""
-        return cls(*stored_weights(path), **options)
+        return cls(*stored_weights(path), **options, only_copy=True)
 
     @classmethod
     def of(cls, model: CausalLM, **options: Any) -> NativeRunner:
@@ -214,8 +216,9 @@ class NativeRunner:
         if not self._step:
             raise DanluError("the native kernels could not start their threads; give fewer threads")
 
-    def _build(self, weights: Weights) -> None:
+    def _build(self, weights: Weights, *, only_copy: bool = False) -> None:
         config = self.config
+        self._only_copy = only_copy
         self._matrices: list[Matrix] = []
         self._arena = Arena()
         self._vectors: list[Floats] = []
@@ -262,7 +265,7 @@ class NativeRunner:
         return layer
 
     def _matrix(self, weights: Weights, name: str, bias_of: str | None = None) -> native.Weight:
-        matrix = pack(weights[f"{name}.weight"], self._arena, self._blocks)
+        matrix = pack(weights[f"{name}.weight"], self._arena, self._blocks, only_copy=self._only_copy)
         self._matrices.append(matrix)
         bias = self._array(weights, f"{bias_of or name}.bias")
         return matrix.as_weight(bias)

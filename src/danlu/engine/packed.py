@@ -44,12 +44,16 @@ class Matrix:
         return native.Weight(self.data.ctypes.data, None if bias is None else bias.ctypes.data, kind, self.n, self.k)
 
 
-def pack(weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None) -> Matrix:
+def pack(
+    weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None, *, only_copy: bool = False
+) -> Matrix:
     """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`.
 
     Args:
         arena: where it is put.
         blocks: what float matrices are turned into, where their rows are whole blocks; default: kept.
+        only_copy: nobody else looks at the weight: where it lies in a mapped file, its memory is given back. Never of a
+            model that may have been trained: what was written to it would be lost.
     """
     library = native.library()
     assert library is not None
@@ -69,7 +73,8 @@ def pack(weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None)
     data = arena.take(size)
     own = rows.contiguous()
     library.danlu_pack(native.WEIGHT_KINDS.index(kind), own.data_ptr(), n, k, ctypes.c_void_p(data.ctypes.data))
-    forget(rows)
+    if only_copy:
+        forget(rows)
     return Matrix(kind, n, k, data)
 
 
