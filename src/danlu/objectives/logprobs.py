@@ -12,6 +12,10 @@ from torch import Tensor
 
 from danlu.data.packing import IGNORE
 
+ENTROPY_ROWS = 64
+"""Distributions whose entropy is computed at once. What lies between is as wide as the vocabulary: so few stay near the
+cache, which took a fifth of the time of 1024 at once (49152 tokens, 1 core), and next to no memory."""
+
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """``log softmax(logits / temperature)[target]`` in nats, (...) fp32; exactly 0 where the target is IGNORE.
@@ -38,8 +42,8 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     A logit of -inf is a token that cannot come, and adds nothing.
     """
-    logps = vocab_logprobs(logits, temperature)
-    return -(logps.exp() * logps.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    rows = torch.split(logits.reshape(-1, logits.shape[-1]), ENTROPY_ROWS)
+    return torch.cat([_entropy(some, temperature) for some in rows]).view(logits.shape[:-1])
 
 
 def masked(values: Tensor, mask: Tensor) -> Tensor:
@@ -66,6 +70,11 @@ def sequence_means(values_bt: Tensor, mask_bt: Tensor) -> Tensor:
     """Mean over each row's unmasked slots, (batch,) fp32, 0 for an empty row: of log-probs, those averaged over the
     length, which IPO, SimPO, ORPO and GSPO speak of."""
     return masked_sum(values_bt, mask_bt) / mask_bt.sum(-1).clamp(min=1)
+
+
+def _entropy(logits_nv: Tensor, temperature: float) -> Tensor:
+    logps = vocab_logprobs(logits_nv, temperature)
+    return -(logps.exp() * logps.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
 
 
 def _logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
