@@ -16,7 +16,6 @@ Nothing else should run on the machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -27,14 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from comparison import comparison_parser, parse_comparison
 from inference_peers import IMPORTS
 from inference_tasks import NEW, PROMPT, TASKS, Contestant, Task, Texts
 from inference_worker import PeerFailed
 
 from danlu import hardware
 from danlu.formats.gguf_file import GGUFFile
-from danlu.hub.config import PullConfig
-from danlu.hub.pull import pull
 from danlu.models.load import read_config
 from danlu.tokenizer.tokenizer import Tokenizer
 
@@ -136,31 +134,16 @@ def installed(python: str, engine: str) -> str | None:
 
 def main() -> None:
     """Measure, print the tables and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--only", default=",".join(TASKS), help=f"tasks, with commas between (default {','.join(TASKS)})"
-    )
-    parser.add_argument("--peers", default=",".join(IMPORTS), help=f"engines (default {','.join(IMPORTS)})")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each engine (default 2)")
-    parser.add_argument("--model", type=Path, help="GGUF file (default: danlu pull smollm2)")
-    parser.add_argument(
-        "--also", action="append", default=[], metavar="ENGINE=PYTHON",
-        help="an engine of another environment, as another build of llama.cpp: llama.cpp=/path/bin/python",
-    )  # fmt: skip
-    given = parser.parse_args()
-    tasks, engines = given.only.split(","), given.peers.split(",")
-    for names, known in ((tasks, TASKS), (engines, IMPORTS), ([a.partition("=")[0] for a in given.also], IMPORTS)):
-        if wrong := [name for name in names if name not in known]:
-            parser.error(f"there is no {', '.join(wrong)}; choose from {', '.join(known)}")
+    meaning = "an engine of another environment, as another build of llama.cpp: llama.cpp=/path/bin/python"
+    given = parse_comparison(comparison_parser(__doc__, TASKS, IMPORTS, "--also", meaning), TASKS, IMPORTS)
     torch.set_num_threads(given.threads)
-    model = given.model or next(pull(PullConfig(source="smollm2")).glob("*.gguf"))
+    model = given.model
 
     skipped: dict[str, str] = {}
     contestants, versions = [], {}
     for name, engine, python in [
-        *((engine, engine, sys.executable) for engine in engines),
-        *((f"{other.partition('=')[0]} ({i})", *other.split("=", 1)) for i, other in enumerate(given.also, 2)),
+        *((engine, engine, sys.executable) for engine in given.peers),
+        *((f"{engine} ({i})", engine, python) for i, (engine, python) in enumerate(given.elsewhere, 2)),
     ]:
         if version := installed(python, engine):
             contestants.append(Contestant(name, engine, python, model, given.threads))
@@ -172,7 +155,7 @@ def main() -> None:
     texts, work = Texts(Tokenizer.load(model)), work_of(model)
     try:
         before = measure_limits()
-        measured = {name: measure(name, contestants, texts, given.rounds, skipped) for name in tasks}
+        measured = {name: measure(name, contestants, texts, given.rounds, skipped) for name in given.only}
         idle = {contestant.name: contestant.idle_cores for contestant in contestants}
     finally:
         for contestant in contestants:

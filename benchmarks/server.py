@@ -20,7 +20,6 @@ Nothing else should run on the machine.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import platform
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from comparison import comparison_parser, parse_comparison
 from inference import installed
 from inference_tasks import Texts
 from inference_worker import PeerFailed, Worker
@@ -39,8 +39,6 @@ from server_client import Answer, RequestFailed, chat, send_all
 from server_peers import PEERS, Server
 from server_soak import soak
 
-from danlu.hub.config import PullConfig
-from danlu.hub.pull import pull
 from danlu.models.convert import convert
 from danlu.models.convert_config import ConvertConfig
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -204,24 +202,12 @@ def run_soak(model: Path, seconds: float, threads: int) -> dict[str, object]:
 
 def main() -> None:
     """Measure, print the tables and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(TASKS), help=f"tasks, with commas (default {','.join(TASKS)})")
-    parser.add_argument("--peers", default=",".join(PEERS), help=f"servers (default {','.join(PEERS)})")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each (default 2)")
-    parser.add_argument("--model", type=Path, help="GGUF file (default: danlu pull smollm2)")
-    parser.add_argument(
-        "--python", action="append", default=[], metavar="SERVER=PYTHON",
-        help="the server of another environment: llama.cpp=/path/bin/python",
-    )  # fmt: skip
+    parser = comparison_parser(
+        __doc__, TASKS, PEERS, "--python", "the server of another environment: llama.cpp=/path/bin/python"
+    )
     parser.add_argument("--soak", type=float, metavar="SECONDS", help="many clients for so long, and nothing else")
-    given = parser.parse_args()
-    tasks, peers = given.only.split(","), given.peers.split(",")
-    pythons = dict(one.split("=", 1) for one in given.python)
-    for names, known in ((tasks, TASKS), (peers, PEERS), (pythons, PEERS)):
-        if wrong := [name for name in names if name not in known]:
-            parser.error(f"there is no {', '.join(wrong)}; choose from {', '.join(known)}")
-    model = given.model or next(pull(PullConfig(source="smollm2")).glob("*.gguf"))
+    given = parse_comparison(parser, TASKS, PEERS)
+    model, pythons = given.model, dict(given.elsewhere)
     result: dict[str, Any] = {
         "benchmark": "server", "model": model.name, "cpu": platform.machine(), "threads": given.threads,
     }  # fmt: skip
@@ -234,7 +220,7 @@ def main() -> None:
     versions: dict[str, str] = {}
     folder = tempfile.TemporaryDirectory()
     try:
-        for name in dict.fromkeys(("danlu", *peers)):
+        for name in dict.fromkeys(("danlu", *given.peers)):
             python = pythons.get(name, sys.executable)
             try:
                 if (version := installed(python, PEERS[name].distribution)) is None:
@@ -247,7 +233,7 @@ def main() -> None:
         tokenizer = Tokenizer.load(model)
         texts = Texts(tokenizer)
         result |= {"rounds": given.rounds, "versions": versions}
-        for name in tasks:
+        for name in given.only:
             task = TASKS[name]
             asked = [
                 [tokenizer.decode(texts.take(task.prompt)) for _ in range(task.clients)] for _ in range(given.rounds)

@@ -1,5 +1,4 @@
-"""The real models that danlu knows by name. Without a package index the tests that need them are skipped, but in CI
-they fail: a check that is never made proves nothing."""
+"""How many processes run the tests, and the models that many of them open."""
 
 from __future__ import annotations
 
@@ -12,9 +11,26 @@ from danlu.errors import DanluError
 from danlu.hub.config import PullConfig
 from danlu.hub.pull import pull
 
+MOST_WORKERS = 4
+"""Each may take three gigabytes, with the servers that it starts."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have tests of their own
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core; none where files are asked for by name: they are done before others would have begun."""
+    if not all(Path(argument).is_dir() for argument in config.args):
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
 
 def pulled(name: str) -> Path:
-    """The folder that `danlu pull NAME` gives."""
+    """The folder that `danlu pull NAME` gives.
+
+    Without a package index the tests that need it are skipped, but in CI they fail: a check that is never made proves
+    nothing.
+    """
     try:
         return pull(PullConfig(source=name))
     except DanluError as error:
@@ -40,31 +56,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its weights are random, so greedy answers are babble, and never end by themselves: stop tokens have logit 0."""
     import torch  # here, so that tests of other things start fast
 
-    from danlu.models.causal_lm import CausalLM
     from danlu.models.load import save_model
-    from danlu.nn.config import ModelConfig, Rope
     from danlu.tokenizer.train import train_on
+    from random_lm import random_lm
 
     texts = [f"def f{i}(x):\n    return x + {i}  # 丹炉 refines text\n" for i in range(200)]
     tokenizer = train_on(texts, 320, 2)
-    config = ModelConfig(
-        qk_norm="head",
-        rope=Rope(),
-        vocab_size=320,
-        n_layers=1,
-        dim=32,
-        n_heads=2,
-        n_kv_heads=1,
-        head_dim=16,
-        ffn_dim=32,
-        context=4096,
-    )
-    model = CausalLM(config)
-    generator = torch.Generator().manual_seed(0)
+    model = random_lm(320, context=4096, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3, generator=generator)
         model.embed.weight[list(tokenizer.stop_ids)] = 0
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_model(model, folder, tokenizer)

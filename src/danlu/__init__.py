@@ -21,10 +21,16 @@ _LAZY = {path.partition(":")[2]: path for verb in VERBS for path in (verb.config
 __all__ = ["DanluError", "__version__", *sorted(_LAZY)]
 
 if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type checkers and editors
+    from danlu.adapters.diff import adapters_diff as adapters_diff
+    from danlu.adapters.merge_verb import merge_adapter as merge_adapter
+    from danlu.adapters.verbs_config import AdaptersDiffConfig as AdaptersDiffConfig
+    from danlu.adapters.verbs_config import MergeConfig as MergeConfig
     from danlu.data.build import build_data as build_data
     from danlu.data.config import DataConfig as DataConfig
     from danlu.data.mining import MineConfig as MineConfig
     from danlu.data.mining import mine_instructions as mine_instructions
+    from danlu.data.puzzles import PuzzlesConfig as PuzzlesConfig
+    from danlu.data.puzzles import make_puzzles as make_puzzles
     from danlu.engine.classify_config import ClassifyConfig as ClassifyConfig
     from danlu.engine.classify_verb import classify as classify
     from danlu.engine.verbs import chat as chat
@@ -45,6 +51,12 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.planning.config import PlanConfig as PlanConfig
     from danlu.planning.numbers import numbers as numbers
     from danlu.planning.plan import plan as plan
+    from danlu.posttraining.align import align as align
+    from danlu.posttraining.config import AlignConfig as AlignConfig
+    from danlu.posttraining.config import RewardConfig as RewardConfig
+    from danlu.posttraining.distil import distil as distil
+    from danlu.posttraining.distil_config import DistilConfig as DistilConfig
+    from danlu.posttraining.reward import reward as reward
     from danlu.recipe.config import QuickstartConfig as QuickstartConfig
     from danlu.recipe.config import RunConfig as RunConfig
     from danlu.recipe.quickstart import quickstart as quickstart

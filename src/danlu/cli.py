@@ -30,7 +30,12 @@ from danlu.verbs import VERBS, Verb
 _OVERRIDES = "overrides"
 """A positional field of this name takes the `key=value` words as they are (the vars of a recipe)."""
 
-GROUPS = {"data": "Make data sets.", "tokenizer": "Make tokenizers.", "keys": "API keys of the server."}
+GROUPS = {
+    "data": "Make data sets.",
+    "tokenizer": "Make tokenizers.",
+    "adapters": "Look at adapters.",
+    "keys": "API keys of the server.",
+}
 """Help of the first word of two-word verbs."""
 
 _EPILOG = "Each option can also be given as key=value (lr=0.01) or, for all at once, in a YAML file with --config."

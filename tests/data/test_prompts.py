@@ -55,7 +55,7 @@ def test_reading(tmp_path: Path, model_folder: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     tokenizer = Tokenizer.load(model_folder)
-    with pytest.raises(DanluError, match="prompts.jsonl:52"):
+    with pytest.raises(DanluError, match=r"prompts\.jsonl:52"):
         read_prompts(path, tokenizer, longest=200)
     train, held_out = read_prompts(path, tokenizer, longest=200, on_error="skip")
     assert len(train) + len(held_out) == 50

@@ -19,7 +19,7 @@ from danlu.engine.generate import generate_text, generate_tokens, stream_text
 from danlu.engine.text_stream import TextStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
-from danlu.nn.config import ModelConfig, Rope
+from random_lm import random_lm
 
 BOS, STOP = 256, 257
 
@@ -46,26 +46,7 @@ PROMPTS = ["a", "def f(x):", "丹炉 refines", "0123456789" * 3]
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    """A tiny random model whose logits are far enough apart that rounding does not change the choice."""
-    config = ModelConfig(
-        qk_norm="head",
-        rope=Rope(),
-        vocab_size=258,
-        n_layers=2,
-        dim=32,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=8,
-        ffn_dim=64,
-        context=64,
-    )
-    model = CausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3, generator=generator)
-    return model.eval()
+    return random_lm(258, context=64)
 
 
 def without_cache(model: CausalLM, prompt: list[int], n: int) -> list[int]:

@@ -13,14 +13,13 @@ import jsonschema
 import numpy as np
 import pytest
 import sentencepiece
-import torch
 
 from danlu.engine.config import SamplingParams
 from danlu.engine.grammar import Grammar, vocabulary_of
-from danlu.engine.logit_rules import SequenceSampler, sample_rows
 from danlu.errors import DanluError
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.tokenizer.train import train_on
+from random_answers import random_answer
 
 TEXTS = [
     f'def f{i}(x):\n    return {{"key": [x, {i}.5], "丹炉": null}}  # it is true that it is false\n' for i in range(200)
@@ -49,26 +48,7 @@ def large(smollm2: Path) -> Tokenizer:
 
 
 def answer(tokenizer: Tokenizer, grammar: Grammar, seed: int, max_tokens: int = 400) -> str | None:
-    """What a model that knows nothing answers, with a liking for the end; None: cut off."""
-    sampler = SequenceSampler(SamplingParams(), [1], tokenizer.vocab_size, tokenizer.stop_ids, seed, grammar.fork())
-    generator = torch.Generator().manual_seed(seed)
-    ids: list[int] = []
-    closing = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i]).strip() in (b'"', b"}", b"]")]
-    for _ in range(max_tokens):
-        logits = torch.randn(1, tokenizer.vocab_size, generator=generator) * 2
-        logits[:, [*tokenizer.stop_ids, *closing]] += 4
-        (sampled,) = sample_rows(logits, [sampler])
-        sampler.accept(sampled.token_id)
-        if sampled.token_id in sampler.stop_ids:
-            assert sampler.grammar is not None
-            assert sampler.grammar.may_end
-            break
-        ids.append(sampled.token_id)
-        if sampler.finished:
-            break
-    else:
-        return None
-    return tokenizer.decode_bytes(ids).decode()
+    return random_answer(tokenizer, grammar.fork(), seed, lambda token: token.strip() in (b'"', b"}", b"]"), max_tokens)
 
 
 PERSON = {

@@ -14,7 +14,7 @@ from danlu.errors import DanluError
 from danlu.evaluation import bits_per_byte as module
 from danlu.evaluation.bits_per_byte import bits_per_byte, windows_of
 from danlu.models.causal_lm import CausalLM
-from danlu.nn.config import ModelConfig, Rope
+from random_lm import random_lm
 
 BOS = 256
 
@@ -38,31 +38,9 @@ TOKENIZER = PairTokenizer()
 TEXTS = ["aab", "丹炉 refines", "x" * 41, "", "hello worlds " * 12, "z"]
 
 
-def tiny_model(std: float = 0.3) -> CausalLM:
-    config = ModelConfig(
-        qk_norm="head",
-        rope=Rope(),
-        vocab_size=513,
-        n_layers=2,
-        dim=32,
-        n_heads=4,
-        n_kv_heads=2,
-        head_dim=8,
-        ffn_dim=64,
-        context=32,
-    )
-    model = CausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=std, generator=generator)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    return tiny_model()
+    return random_lm(513, context=32)
 
 
 def one_token_at_a_time(model: CausalLM, text: str) -> float:
@@ -75,7 +53,7 @@ def one_token_at_a_time(model: CausalLM, text: str) -> float:
 
 
 def test_a_uniform_model_needs_log2_vocab_bits_a_token() -> None:
-    score = bits_per_byte(tiny_model(std=0.0), TOKENIZER, TEXTS)
+    score = bits_per_byte(random_lm(513, context=32, std=0.0), TOKENIZER, TEXTS)
     n_tokens = sum(len(TOKENIZER.encode(text)) for text in TEXTS)
     n_bytes = sum(len(text.encode()) for text in TEXTS)
     assert (score.tokens, score.bytes, score.documents) == (n_tokens, n_bytes, 5)

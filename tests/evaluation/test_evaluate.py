@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from danlu.data.folder import DataFolder, Document, ShardWriter
 from danlu.errors import DanluError
@@ -16,11 +15,10 @@ from danlu.evaluation.bits_per_byte import bits_per_byte
 from danlu.evaluation.config import EvaluateConfig
 from danlu.evaluation.evaluate import evaluate
 from danlu.formats.card import CARD, RUN, Card
-from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model, save_model
-from danlu.nn.config import ModelConfig, Rope
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.tokenizer.train import train_on
+from random_lm import random_lm
 
 
 def source(number: int) -> str:
@@ -51,20 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_on([source(i) for i in range(20)], 330, 2)
-    shape = ModelConfig(
-        qk_norm="head",
-        rope=Rope(),
-        vocab_size=330,
-        n_layers=1,
-        dim=32,
-        n_heads=2,
-        n_kv_heads=1,
-        head_dim=16,
-        ffn_dim=32,
-        context=256,
-    )
-    lm = CausalLM(shape)
-    lm.init_weights(torch.Generator().manual_seed(0))
+    lm = random_lm(330, context=256)
     folder = tmp_path_factory.mktemp("model") / "model"
     save_model(lm, folder, tokenizer)
     Card("model", "pretrain", "0", {"seq_len": 64}).save(folder)

@@ -20,6 +20,7 @@ from danlu.kernels import build, native
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope
 from packed_weights import packed
+from random_adapters import merged, random_adapter
 
 HEADER = Path(__file__).with_name("emulated.h")
 AVX2 = next(known.flags for known in build.SETS if known.name == "avx2")
@@ -62,9 +63,15 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype = torch.float32) -> Causa
     return model.to(dtype).float().eval()
 
 
-def run(runner: NativeRunner, sequences: Sequence[Tensor], steps: Sequence[int], answers: bool = False) -> Tensor:
-    """Logits of sequences of the same length that begin together, so many in each step, read as prompts or as answers;
-    (token, vocabulary)."""
+def run(
+    runner: NativeRunner,
+    sequences: Sequence[Tensor],
+    steps: Sequence[int],
+    answers: bool = False,
+    adapters: tuple[str | None, ...] = (),
+) -> Tensor:
+    """Logits of sequences of the same length that begin together, so many in each step, read as prompts or as answers,
+    each with its adapter; (token, vocabulary)."""
     length = len(sequences[0])
     per_sequence = -(-length // native.TILE)
     runner.allocate([per_sequence * len(sequences)])
@@ -79,6 +86,7 @@ def run(runner: NativeRunner, sequences: Sequence[Tensor], steps: Sequence[int],
             np.arange(n * length, dtype=np.int32),
             np.full(n, length, np.int32),
             prompt_from=n * length if answers else 0,
+            adapters=adapters[first : first + n],
         )
         found.append(runner.run(batch))
         first += n
@@ -119,6 +127,28 @@ def test_float_products_and_attention(
     with torch.inference_mode():
         expected = model(ids).flatten(0, 1)
     assert (run(NativeRunner.of(model, threads=2), ids, [n]) - expected).abs().max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", ["avx512", "amx"])
+@pytest.mark.parametrize("answers", [False, True])
+def test_adapters(
+    name: str, answers: bool, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside products of one tile and of two, in fp32 whatever the weights are."""
+    monkeypatch.setenv(native.VARIABLE, str(libraries[name]))
+    model = model_of(FLOAT_SHAPE)
+    targets = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "lm_head")
+    folders = {f"rank {rank}": random_adapter(model, tmp_path / f"{rank}", rank, targets) for rank in (3, 20)}
+    runner = NativeRunner.of(model, threads=2)
+    for adapter, folder in folders.items():
+        runner.load_adapter(adapter, folder)
+    adapters = ("rank 3", "rank 3", None, "rank 20", "rank 3", None, "rank 20")
+    ids = torch.randint(0, 271, (len(adapters), 20))
+    found = run(runner, ids, [7], answers, adapters).unflatten(0, (7, 20))
+    for logits, one, adapter in zip(found, ids, adapters, strict=True):
+        with torch.inference_mode():
+            expected = (model if adapter is None else merged(model, folders[adapter]))(one[None])[0]
+        assert (logits - expected).abs().max() < 1e-4 * expected.std()
 
 
 def rounded(x: Tensor) -> Tensor:

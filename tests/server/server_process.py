@@ -47,11 +47,12 @@ class ServerProcess:
         """The first model is loaded."""
         self.wait_until_listening()
         end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health/ready", trust_env=False).status_code == 200:
-                    return self
-            time.sleep(0.1)
+        with httpx.Client(trust_env=False) as client:
+            while time.monotonic() < end and self.process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/health/ready").status_code == 200:
+                        return self
+                time.sleep(0.05)
         self.kill()
         raise AssertionError(f"the server did not get ready:\n{self.log}")
 

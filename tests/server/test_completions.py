@@ -21,6 +21,7 @@ from danlu.tokenizer.tokenizer import Tokenizer
 
 PROMPT = "def f1(x):\n    return x"
 MULTIBYTE = "# 丹炉 😀 naïve"
+http = httpx.Client(trust_env=False, timeout=60)  # one: each would read the system's certificates
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 
 def post(url: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+    return http.post(f"{url}/v1/completions", json=body)
 
 
 def refused(url: str, **body: Any) -> dict[str, Any]:
@@ -360,7 +361,7 @@ def test_what_cannot_be_done_is_refused_by_name(tiny_url: str, body: dict[str, A
 )
 def test_bodies_that_are_no_request_are_refused(tiny_url: str, raw: bytes) -> None:
     headers = {"content-type": "application/json"}
-    answer = httpx.post(f"{tiny_url}/v1/completions", content=raw, headers=headers, trust_env=False)
+    answer = http.post(f"{tiny_url}/v1/completions", content=raw, headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
 
@@ -376,7 +377,7 @@ def test_a_client_that_goes_away_ends_all_its_answers(tiny_url: str) -> None:
         """The server tells what the engine does a few times a second."""
         until = time.monotonic() + 20
         while time.monotonic() < until:
-            text = httpx.get(f"{tiny_url}/metrics", trust_env=False).text
+            text = http.get(f"{tiny_url}/metrics").text
             counts = re.findall(r"^danlu_(?:running|queue|cache_blocks_used){.*} (.*)$", text, re.MULTILINE)
             assert len(counts) == 3
             if any(map(float, counts)) == busy:
@@ -385,7 +386,7 @@ def test_a_client_that_goes_away_ends_all_its_answers(tiny_url: str) -> None:
         return False
 
     body = {"prompt": [PROMPT, "x", "y"], "n": 4, "max_tokens": 4000, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{tiny_url}/v1/completions", json=body, timeout=60, trust_env=False) as stream:
+    with http.stream("POST", f"{tiny_url}/v1/completions", json=body) as stream:
         lines = stream.iter_lines()  # the stream is closed with it
         assert next(lines).startswith("data: ")
         assert becomes(busy=True)

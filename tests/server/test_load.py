@@ -20,7 +20,7 @@ from danlu.server.config import ServeConfig
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from server_soak import Soak, metric, soak
 
-SECONDS = float(os.environ.get("DANLU_LOAD_SECONDS", "15"))
+SECONDS = float(os.environ.get("DANLU_LOAD_SECONDS", "10"))
 
 pytestmark = pytest.mark.slow
 

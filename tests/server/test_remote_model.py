@@ -6,9 +6,9 @@ import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,25 +26,16 @@ from danlu.server.remote import RemoteModel, WorkerFailed
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0)
 CONFIG = EngineConfig(kv_memory=16)
 
-
-@asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[RemoteModel]:
-    """The model of a folder, in a process."""
-    model = await RemoteModel.start("tiny", str(folder), CONFIG)
-    try:
-        yield model
-    finally:
-        await model.stop()
+Work = Callable[[RemoteModel], Coroutine[Any, Any, None]]
 
 
-def with_model(folder: Path, work: Callable[[RemoteModel], Awaitable[None]]) -> None:
-    """Run ``work`` with the model of a folder."""
-
-    async def run() -> None:
-        async with opened(folder) as model:
-            await work(model)
-
-    asyncio.run(run())
+@pytest.fixture(scope="module")
+def with_model(model_folder: Path) -> Iterator[Callable[[Work], None]]:
+    """Does some work with the tiny model, which is in one process for all that leave it as it was."""
+    with asyncio.Runner() as runner:
+        model = runner.run(RemoteModel.start("tiny", str(model_folder), CONFIG))
+        yield lambda work: runner.run(work(model))
+        runner.run(model.stop())
 
 
 async def idle(model: RemoteModel) -> None:
@@ -57,7 +48,7 @@ async def idle(model: RemoteModel) -> None:
     raise AssertionError(stats)
 
 
-def test_it_answers_as_the_engine_does(model_folder: Path) -> None:
+def test_it_answers_as_the_engine_does(model_folder: Path, with_model: Callable[[Work], None]) -> None:
     params = dataclasses.replace(GREEDY, n=2, temperature=0.7, seed=3, logprobs=2, prompt_logprobs=1)
     with Engine(model_folder, CONFIG) as engine:
         (expected,) = engine.generate(["def f"], params)
@@ -88,10 +79,10 @@ def test_it_answers_as_the_engine_does(model_folder: Path) -> None:
         assert len(stream.end["prompt_logprobs"]) == len(ids_of_prompt)
         await idle(model)
 
-    with_model(model_folder, work)
+    with_model(work)
 
 
-def test_who_leaves_aborts_whenever_that_is(model_folder: Path) -> None:
+def test_who_leaves_aborts_whenever_that_is(with_model: Callable[[Work], None]) -> None:
     long = dataclasses.replace(GREEDY, max_new_tokens=3000)
 
     async def work(model: RemoteModel) -> None:
@@ -115,10 +106,10 @@ def test_who_leaves_aborts_whenever_that_is(model_folder: Path) -> None:
         assert not model._streams
         assert not model._results
 
-    with_model(model_folder, work)
+    with_model(work)
 
 
-def test_what_can_never_run_is_refused_and_harms_nobody(model_folder: Path) -> None:
+def test_what_can_never_run_is_refused_and_harms_nobody(with_model: Callable[[Work], None]) -> None:
     async def work(model: RemoteModel) -> None:
         running = asyncio.create_task(whole(model, TextPrompt("def f"), dataclasses.replace(GREEDY, max_new_tokens=50)))
         for prompt, params, told in (
@@ -135,7 +126,7 @@ def test_what_can_never_run_is_refused_and_harms_nobody(model_folder: Path) -> N
         assert len(await running) > 10
         await idle(model)
 
-    with_model(model_folder, work)
+    with_model(work)
 
 
 async def whole(model: RemoteModel, prompt: protocol.Prompt, params: SamplingParams) -> str:
@@ -144,7 +135,7 @@ async def whole(model: RemoteModel, prompt: protocol.Prompt, params: SamplingPar
         return "".join([piece.text async for piece in stream])
 
 
-def test_the_prompts_tokens(model_folder: Path) -> None:
+def test_the_prompts_tokens(model_folder: Path, with_model: Callable[[Work], None]) -> None:
     from danlu.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model_folder)
@@ -171,7 +162,7 @@ def test_the_prompts_tokens(model_folder: Path) -> None:
         ]
         assert await model.ask("detokenize", ids=tokenizer.encode("丹炉")) == "丹炉"
 
-    with_model(model_folder, work)
+    with_model(work)
 
 
 def test_a_process_that_is_killed_fails_its_requests_and_is_told(model_folder: Path) -> None:

@@ -13,6 +13,7 @@ from danlu.models.embedder import Embedder
 
 QUERY = "hello"
 DOCUMENTS = ["hello world", "你好", "a b c", "", "hello"]
+http = httpx.Client(trust_env=False, timeout=60)  # one: each would read the system's certificates
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def expected(ranker_folder: Path) -> list[float]:
 
 
 def post(url: str, path: str, **body: Any) -> Any:
-    return httpx.post(f"{url}{path}", json=body, timeout=60, trust_env=False)
+    return http.post(f"{url}{path}", json=body)
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/rerank"])

@@ -33,7 +33,8 @@ def test_the_clients(code: str, smollm2_url: str) -> None:
 
 def test_the_options_exist() -> None:
     verbs = (["serve"], ["keys", "create"], ["keys", "usage"])
-    known = {option.lstrip("-") for words in verbs for parameter in _parameters(words) for option in parameter.opts}
+    parameters = [parameter for words in verbs for parameter in _parameters(words)]
+    known = {option.lstrip("-") for one in parameters for option in (*one.opts, *one.secondary_opts)}
     assert [option for option in OPTIONS if option not in known | OTHERS] == []
 
 

@@ -15,6 +15,7 @@ from danlu.tokenizer.tokenizer import Tokenizer
 TEXT = "def f1(x):  # 丹炉 😀"
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好"}]
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+http = httpx.Client(trust_env=False, timeout=60)  # one: each would read the system's certificates
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 
 
 def post(url: str, path: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{url}{path}", json=body, timeout=60, trust_env=False)
+    return http.post(f"{url}{path}", json=body)
 
 
 def test_a_text_becomes_its_tokens_and_comes_back(text_url: str, tokenizer: Tokenizer) -> None:

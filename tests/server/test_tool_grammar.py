@@ -9,16 +9,15 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 
 from danlu.engine.config import SamplingParams
 from danlu.engine.grammar import Grammar
-from danlu.engine.logit_rules import SequenceSampler, sample_rows
 from danlu.server.api.answer_parts import AnswerParser, Part, Reasoning, Said, ToolCallArguments, ToolCallBegun
 from danlu.server.api.tool_calls import scanner_for
 from danlu.server.api.tool_grammar import answer_grammar, forced_calls, json_rule, strict_calls
 from danlu.server.protocol import ToolFormat
 from danlu.tokenizer.tokenizer import Tokenizer
+from random_answers import random_answer
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "get_weather": {
@@ -53,23 +52,7 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 def written(tokenizer: Tokenizer, lark: str, seed: int, liked: str = '"}]<,;') -> str | None:
     """What a random model writes under a grammar, with a liking for some characters and the end; None: cut off."""
     grammar = Grammar.compile(SamplingParams(grammar=lark), tokenizer)
-    sampler = SequenceSampler(SamplingParams(), [1], tokenizer.vocab_size, tokenizer.stop_ids, seed, grammar)
-    generator = torch.Generator().manual_seed(seed)
-    likings = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i])[:1].decode("latin-1") in liked]
-    ids: list[int] = []
-    for _ in range(250):
-        logits = torch.randn(1, tokenizer.vocab_size, generator=generator) * 2
-        logits[:, [*tokenizer.stop_ids, *likings]] += 4
-        (sampled,) = sample_rows(logits, [sampler])
-        sampler.accept(sampled.token_id)
-        if sampled.token_id in sampler.stop_ids:
-            break
-        ids.append(sampled.token_id)
-        if sampler.finished:
-            break
-    else:
-        return None
-    return tokenizer.decode_bytes(ids).decode()
+    return random_answer(tokenizer, grammar, seed, lambda token: token[:1].decode("latin-1") in liked, 250)
 
 
 def read(text: str, form: ToolFormat, thinking: bool = False) -> tuple[str, str, list[tuple[str, str]]]:

@@ -19,7 +19,7 @@ from danlu.objectives.causal_lm import next_token_nll_sum
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import FinetuneConfig
-from danlu.training.finetune import _examples, finetune
+from danlu.training.finetune import finetune, read_examples
 from danlu.training.loop import Trainer
 from danlu.training.metrics import read_metrics
 from danlu.training.pretrain import pretrain
@@ -68,7 +68,7 @@ def rows(n: int = 40) -> list[dict[str, Any]]:
 
 def test_all_formats_give_the_same_examples(make: Callable[..., FinetuneConfig], base: Path) -> None:
     tokenizer = Tokenizer.load(base)
-    found = [_examples(make([row], name), tokenizer)[0] for name, row in FORMATS.items()]
+    found = [read_examples(make([row], name), tokenizer)[0] for name, row in FORMATS.items()]
     assert all(examples == found[0] for examples in found)
     ((ids, mask),) = found[0]
     learned = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
@@ -77,7 +77,7 @@ def test_all_formats_give_the_same_examples(make: Callable[..., FinetuneConfig],
 
 def test_plain_text_rows_are_learned_whole(make: Callable[..., FinetuneConfig], base: Path) -> None:
     tokenizer = Tokenizer.load(base)
-    ((ids, mask),), _ = _examples(make([{"text": "x = 1\n"}]), tokenizer)
+    ((ids, mask),), _ = read_examples(make([{"text": "x = 1\n"}]), tokenizer)
     assert ids[0] == ids[-1] == tokenizer.bos_id
     assert tokenizer.decode(ids[1:-1]) == "x = 1\n"
     assert all(mask)
@@ -115,7 +115,7 @@ def test_first_loss_is_the_mean_over_answer_tokens(make: Callable[..., FinetuneC
     out = finetune(config)
     tokenizer, model = Tokenizer.load(base), load_model(base)
     total, count = 0.0, 0
-    examples, _ = _examples(config, tokenizer)
+    examples, _ = read_examples(config, tokenizer)
     batch = RowStream(MaskedSequences(examples), 64, seed=0, pad_id=tokenizer.pad_id).next(6)
     for ids, targets, positions, segments in zip(
         batch.ids, batch.targets, batch.positions, batch.segments, strict=True
@@ -151,7 +151,7 @@ def test_resume_is_exact_across_epochs(make: Callable[..., FinetuneConfig], monk
 
 
 def test_held_out_rows_are_not_trained_on(make: Callable[..., FinetuneConfig], base: Path) -> None:
-    train, held_out = _examples(make(rows(200), heldout_share=0.2), Tokenizer.load(base))
+    train, held_out = read_examples(make(rows(200), heldout_share=0.2), Tokenizer.load(base))
     assert 20 <= len(held_out) <= 60
     assert len(train) + len(held_out) == 200
     assert not {str(e) for e in train} & {str(e) for e in held_out}

@@ -6,9 +6,10 @@ written, and each token finds the keys and values of its sequence through a tabl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,7 @@ class Batch:
         rope_lengths_s: tokens each sequence may grow to, for rotary scalings that depend on the length.
         prompt_from: tokens before this place continue answers, the others read prompts. A runner may compute the two
             in different ways, but each token always in the same way, whatever else is in the batch.
+        adapters: the adapter of each sequence, None: the model as it is; empty: None for all.
         sources: what the encoder reads for each sequence; of encoder-decoders only.
     """
 
@@ -89,7 +91,7 @@ class Batch:
 
 
 class Runner(Protocol):
-    """Runs batches and owns the memory of the cache.
+    """Runs batches and owns the memory of the cache. One that applies adapters is an :class:`AdapterRunner`.
 
     Attributes:
         groups: the model's KV groups, in the order of ``Batch.tables``.
@@ -120,3 +122,25 @@ class Runner(Protocol):
 
     def copy_blocks(self, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy each (source, target) block of a group."""
+
+
+@runtime_checkable
+class AdapterRunner(Runner, Protocol):
+    """A runner whose batches may name adapters.
+
+    Attributes:
+        adapters: those that are loaded, by name.
+    """
+
+    @property
+    def adapters(self) -> Mapping[str, object]: ...
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read an adapter in PEFT's layout; batches may name it from then on. Another thread may be in :meth:`run`.
+
+        Raises:
+            DanluError: it does not fit the model, or is of a kind that this runner does not apply.
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget it."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from danlu import console, files
+from danlu.adapters.open import labeller_kind, open_adapted
+from danlu.adapters.peft_config import is_adapter_folder
 from danlu.config import validate
 from danlu.data.corpus import ErrorPolicy, find_sources
 from danlu.data.decoding import decode_lines, open_bytes
@@ -77,14 +79,21 @@ def classify(config: ClassifyConfig) -> list[dict[str, Any]]:
 
 
 def open_labeller(folder: Path, device: str, precision: str) -> tuple[SequenceClassifier | TokenClassifier, Tokenizer]:
-    """A model folder with labels, by what its `config.json` says it is.
+    """A model folder with labels, by what its `config.json` says it is, or an adapter folder with labels.
 
     Raises:
         DanluError: it has no labels.
     """
     card = card_if_any(folder) if folder.is_dir() else None
-    if card is not None and card.kind != "model":
+    if card is not None and card.kind not in ("model", "adapter"):
         raise DanluError(f"{folder}: is a {card.kind} folder; expected a model folder")
+    place = pick_device(device)
+    dtype = DTYPES[pick_precision(precision, place)]
+    if is_adapter_folder(folder):
+        labeller = labeller_kind(folder)
+        if labeller is None:
+            raise DanluError(f"{folder}: has no labels; it is an adapter that writes text")
+        return open_adapted(folder, labeller, device=place, dtype=dtype, merged=True)
     path = folder / "config.json"
     content = files.read_json(path)
     if not isinstance(content, dict):
@@ -98,8 +107,7 @@ def open_labeller(folder: Path, device: str, precision: str) -> tuple[SequenceCl
             f"{folder}: has no labels (it is a {', '.join(names) or 'bare model'}); teach it some with: "
             "danlu finetune --task classify, or --task tag"
         )
-    place = pick_device(device)
-    model = load_model(folder, kind, device=place, dtype=DTYPES[pick_precision(precision, place)])
+    model = load_model(folder, kind, device=place, dtype=dtype)
     return model, Tokenizer.load(folder)
 
 

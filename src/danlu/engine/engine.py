@@ -21,7 +21,7 @@ from torch import Tensor
 
 from danlu.config import validate
 from danlu.engine.answers import Answers
-from danlu.engine.batch import Runner
+from danlu.engine.batch import AdapterRunner, Runner
 from danlu.engine.beam import Beams, BeamSearch
 from danlu.engine.blocks import BlockManager
 from danlu.engine.config import SamplingParams
@@ -103,6 +103,8 @@ class Engine:
         self._numbers = itertools.count(1)
         self._n_steps = 0
         self._closed = False
+        self._loads: dict[str, int] = {}  # adapters, and which load of this engine each was
+        self._n_loads = itertools.count(1)
         self._news: list[Event] = []  # of requests that were submitted one by one
         self._inboxes: dict[str, list[Event]] = {}  # of the others
 
@@ -120,10 +122,11 @@ class Engine:
 
         Args:
             prompt: text (the start of a document) or token ids.
+            adapter: one that :meth:`load_adapter` has loaded; None: the model as it is.
 
         Raises:
             DanluError: this can never run: the prompt is empty, unknown to the model or too long, parameters are
-                impossible, the id is taken, the engine is closed.
+                impossible, the id is taken, the adapter is not loaded, the engine is closed.
         """
         return self.enqueue(self.prepare(prompt, params, request_id=request_id, adapter=adapter))
 
@@ -133,6 +136,8 @@ class Engine:
             raise DanluError("the engine is closed; open another")
         if request.id in self._answers.requests or request.id in self._inboxes:
             raise DanluError(f"request_id: {request.id!r} is running already; take another")
+        if request.salt != self._salt(request.adapter, request.max_len):
+            raise DanluError(f"adapter: {request.adapter!r} was unloaded since the request was prepared")
         self._answers.add(request)
         return request.id
 
@@ -158,14 +163,14 @@ class Engine:
         params = validate(params)
         if request_id is None:
             request_id = f"request-{next(self._numbers)}"
-        if adapter is not None and adapter not in getattr(self.runner, "adapters", ()):
-            raise DanluError(f"adapter: there is none of the name {adapter!r}; this engine has no adapters loaded")
+        if adapter is not None and adapter not in self._loads:
+            known = ", ".join(self.adapters) or "none"
+            raise DanluError(f"adapter: there is none of the name {adapter!r}; loaded: {known}")
         ids = self._ids(prompt, which, room=task == "generate")
         if params.stop and self.tokenizer is None:
             raise DanluError("stop: texts end an answer only where there is a tokenizer; use stop_ids")
         seed = secrets.randbelow(2**63) if params.seed is None else params.seed
         max_len = min(len(ids) + params.max_new_tokens, self.max_len) if task == "generate" else len(ids)
-        salt = (adapter, rope_key(self.runner.config, max_len))
         request = Request(
             id=request_id,
             prompt_ids=ids,
@@ -173,7 +178,7 @@ class Engine:
             task=task,
             seed=seed,
             max_len=max_len,
-            salt=salt,
+            salt=self._salt(adapter, max_len),
             adapter=adapter,
             observes=(task == "embed" and pooling == "mean") or params.prompt_logprobs is not None,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
@@ -190,6 +195,11 @@ class Engine:
         line.unit = Unit(request, [line])
         request.units.append(line.unit)
         return request
+
+    def _salt(self, adapter: str | None, max_len: int) -> tuple[object, ...]:
+        """What is cached for a request depends on it: an adapter that is loaded again may be another."""
+        load = None if adapter is None else self._loads.get(adapter)
+        return adapter, load, rope_key(self.runner.config, max_len)
 
     def _ids(self, prompt: Prompt, which: str, *, room: bool) -> list[int]:
         """The tokens of a prompt, all known to the model and not too many.
@@ -324,12 +334,14 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        adapter: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         """Answer prompts, as many at a time as fit; the answers come in the order of the prompts.
 
         Args:
             params: one for all, or one for each prompt.
+            adapter: as in :meth:`submit`, for all.
             progress: called with the number of prompts that have just been answered.
 
         Raises:
@@ -337,30 +349,31 @@ class Engine:
                 answer alone, whose ``error`` says why.
         """
         each = [validate(params)] * len(prompts) if isinstance(params, SamplingParams) else [*map(validate, params)]
-        return self._answer(prompts, each, progress=progress)
+        return self._answer(prompts, each, adapter=adapter, progress=progress)
 
-    def score(self, prompts: Sequence[Prompt]) -> list[list[TokenLogprobs | None]]:
+    def score(self, prompts: Sequence[Prompt], adapter: str | None = None) -> list[list[TokenLogprobs | None]]:
         """Log probability of each token of each prompt, given those before it; None for the first."""
         params = SamplingParams(prompt_logprobs=0)
-        found = self._answer(prompts, [params] * len(prompts), task="score")
+        found = self._answer(prompts, [params] * len(prompts), task="score", adapter=adapter)
         return [_without_error(generation).prompt_logprobs or [] for generation in found]
 
-    def embed(self, prompts: Sequence[Prompt], pooling: Pooling = "mean") -> Tensor:
+    def embed(self, prompts: Sequence[Prompt], pooling: Pooling = "mean", adapter: str | None = None) -> Tensor:
         """Final hidden states of prompts, (prompts, dim) fp32: the mean over all tokens, or the last token's."""
-        found = self._answer(prompts, [SamplingParams()] * len(prompts), task="embed", pooling=pooling)
+        params = [SamplingParams()] * len(prompts)
+        found = self._answer(prompts, params, task="embed", pooling=pooling, adapter=adapter)
         pooled = [_without_error(generation).embedding for generation in found]
         vectors = [vector for vector in pooled if vector is not None]
         if len(vectors) < len(pooled):
             raise DanluError("the engine was closed before all texts were embedded")
         return torch.stack(vectors) if vectors else torch.empty(0, self.runner.config.dim)
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Generator[Event]:
+    def stream(self, prompt: Prompt, params: SamplingParams, adapter: str | None = None) -> Generator[Event]:
         """Answer one prompt; its events as they come. Who stops to listen aborts it.
 
         Raises:
             DanluError: as :meth:`submit`.
         """
-        return self._events([prompt], [validate(params)], [])
+        return self._events([prompt], [validate(params)], [], adapter=adapter)
 
     def _answer(
         self,
@@ -368,6 +381,7 @@ class Engine:
         params: Sequence[SamplingParams],
         task: Task = "generate",
         pooling: Pooling = "mean",
+        adapter: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Generation]:
         if len(params) != len(prompts):
@@ -376,7 +390,7 @@ class Engine:
             )
         requests: list[Request] = []
         done: dict[str, Generation] = {}
-        for event in self._events(prompts, params, requests, task, pooling):
+        for event in self._events(prompts, params, requests, task, pooling, adapter):
             if event.generation is not None:
                 done[event.request_id] = event.generation
                 if progress is not None:
@@ -390,13 +404,14 @@ class Engine:
         requests: list[Request],
         task: Task = "generate",
         pooling: Pooling = "mean",
+        adapter: str | None = None,
     ) -> Generator[Event]:
         """Submit prompts (entered into ``requests``) and run until all of them are done; their events."""
         inbox: list[Event] = []
         try:
             for number, (prompt, one) in enumerate(zip(prompts, params, strict=True), 1):
                 which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
-                request = self.prepare(prompt, one, task=task, pooling=pooling, which=which)
+                request = self.prepare(prompt, one, task=task, pooling=pooling, adapter=adapter, which=which)
                 self.enqueue(request)
                 requests.append(request)
                 self._inboxes[request.id] = inbox
@@ -414,6 +429,41 @@ class Engine:
             self._answers.events = [event for event in self._answers.events if event.request_id not in own]
             for request in requests:
                 del self._inboxes[request.id]
+
+    # ---------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return tuple(self._loads)
+
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read an adapter, a folder in PEFT's layout, to run beside the model: each request names the one it wants, or
+        none, and all run in the same steps. Another thread may be in :meth:`step`, but not in here.
+
+        Raises:
+            DanluError: the name is taken, the adapter does not fit the model, or is of a kind that must be merged.
+        """
+        if name in self._loads:
+            raise DanluError(f"adapter: {name!r} is loaded already; unload it first, or take another name")
+        if not isinstance(self.runner, AdapterRunner):
+            raise DanluError(f"adapter: a {type(self.runner).__name__} applies no adapters")
+        self.runner.load_adapter(name, folder)
+        self._loads[name] = next(self._n_loads)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            DanluError: it is not loaded, or requests use it.
+        """
+        if name not in self._loads:
+            raise DanluError(f"adapter: {name!r} is not loaded")
+        if n := sum(request.adapter == name for request in self._answers.requests.values()):
+            raise DanluError(f"adapter: {n} requests use {name!r}; let them end, or abort them, before it is unloaded")
+        del self._loads[name]
+        assert isinstance(self.runner, AdapterRunner)
+        self.runner.unload_adapter(name)
 
     # ---------------------------------------------------------------------------------------------- the whole
 

@@ -49,9 +49,7 @@ def token_logprobs(row: Row, token_id: int, n: int, temperature: float = 1.0) ->
     return TokenLogprobs(token_id, float(row[token_id]) - total, tuple((i, logit - total) for i, logit in top))
 
 
-def logprobs_of(
-    logits_rv: Tensor, token_ids: Sequence[int], n: int, temperature: float = 1.0
-) -> list[TokenLogprobs]:
+def logprobs_of(logits_rv: Tensor, token_ids: Sequence[int], n: int, temperature: float = 1.0) -> list[TokenLogprobs]:
     """Log-probabilities of the token that stands at each row, such as those of a prompt.
 
     Raises:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from danlu.adapters.peft_config import read_peft_config
+from danlu.engine.adapters import Update, read_updates
 from danlu.engine.batch import Batch, kv_groups
 from danlu.engine.packed import Arena, Matrix, huge_pages, pack
 from danlu.errors import DanluError
 from danlu.formats.gguf_blocks import PackedTensor, dequantize
 from danlu.kernels import native
 from danlu.models.causal_lm import CausalLM
-from danlu.models.load import stored_weights
+from danlu.models.load import read_hf_config, stored_weights
 from danlu.nn.config import ModelConfig, Rope
 from danlu.nn.rope import frequencies
 
@@ -77,6 +80,10 @@ class NativeRunner:
         weight_dtype: what float matrices are turned into: int8 (Q8_0), int4 (Q4_1), or none: kept.
         threads: default as torch has them.
         only_copy: the weights are for this runner alone; see :func:`danlu.engine.packed.pack`.
+        hf_config: tells the model's `config.json`, by which the names in an adapter are understood.
+
+    Attributes:
+        adapters: by name.
 
     Raises:
         DanluError: the kernels are not there or do not cover the model; see :func:`why_not`.
@@ -94,6 +101,7 @@ class NativeRunner:
         weight_dtype: Literal["int8", "int4"] | None = None,
         threads: int | None = None,
         only_copy: bool = False,
+        hf_config: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         if reason := why_not(config):
             raise DanluError(f"the native kernels cannot run this model: {reason}")
@@ -106,6 +114,8 @@ class NativeRunner:
         self._blocks = None if weight_dtype is None else {"int8": "Q8_0", "int4": "Q4_1"}[weight_dtype]
         self._ropes = _Ropes(config)
         self._step: int | None = None
+        self.adapters: Mapping[str, _Adapter] = {}
+        self._hf_config = hf_config
         self._caches: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]] = []
         self._build(weights, only_copy=only_copy)
         if kv_dtype == "auto":
@@ -116,12 +126,12 @@ class NativeRunner:
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> NativeRunner:
         """A model folder or GGUF file, its weights as they are stored."""
-        return cls(*stored_weights(path), **options, only_copy=True)
+        return cls(*stored_weights(path), **options, only_copy=True, hf_config=partial(read_hf_config, path))
 
     @classmethod
     def of(cls, model: CausalLM, **options: Any) -> NativeRunner:
         """A model in memory."""
-        return cls(model.config, dict(model.named_parameters()), **options)
+        return cls(model.config, dict(model.named_parameters()), hf_config=model.hf_config.copy, **options)
 
     @property
     def weight_bytes(self) -> int:
@@ -173,6 +183,25 @@ class NativeRunner:
             for source, target in pairs:
                 stored[target] = stored[source]
 
+    def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read an adapter in PEFT's layout; batches may name it from then on. It stays in fp32.
+
+        Raises:
+            DanluError: it does not fit the model, or is DoRA: that needs the rows of the sum, which packed weights have
+                only once it is merged.
+        """
+        if read_peft_config(folder).shape.kind == "dora":
+            raise DanluError(
+                f"{folder}: is a DoRA adapter, which the native kernels do not apply; merge it (danlu merge), or run "
+                "the model on torch (kernels=torch)"
+            )
+        found = read_updates(folder, self.config, self._hf_config())
+        self.adapters = {**self.adapters, name: _Adapter(found, self.config.n_layers)}
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget it."""
+        self.adapters = {other: adapter for other, adapter in self.adapters.items() if other != name}
+
     def run(self, batch: Batch) -> Tensor:
         logits = torch.empty(len(batch.logits_at), self.config.vocab_size)
         self._run(batch, logits=logits)
@@ -204,9 +233,22 @@ class NativeRunner:
             caches=self._cache_structs,
             logits=None if logits is None else logits.data_ptr(),
             hidden=None if hidden is None else hidden.data_ptr(),
+            adapters=self._adapters_of(batch),
         )
         if not self._library.danlu_run(self._step, ctypes.byref(struct)):
             raise DanluError(f"out of memory in a step of {len(batch.ids_t)} tokens; lower the token budget")
+
+    def _adapters_of(self, batch: Batch) -> ctypes.Array[Any] | None:
+        """A pointer for each sequence, null for those without an adapter; None where all are."""
+        if not any(batch.adapters):
+            return None
+        found = (ctypes.POINTER(native.Adapter) * batch.n_sequences)()
+        for sequence, name in enumerate(batch.adapters):
+            if name is not None and name not in self.adapters:
+                raise DanluError(f"the adapter {name!r} is asked for, and is not loaded")
+            if name is not None:
+                found[sequence] = ctypes.pointer(self.adapters[name].struct)
+        return found
 
     # ---- the model as the kernels see it
 
@@ -291,6 +333,29 @@ class NativeRunner:
 
 def _pointers(arrays: Sequence[npt.NDArray[np.generic]]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+
+
+class _Adapter:
+    """An adapter as the kernels see it.
+
+    Attributes:
+        struct: points into memory that this object holds.
+    """
+
+    def __init__(self, updates: Mapping[str, Update], n_layers: int) -> None:
+        arena, self._matrices = Arena(), list[Matrix]()
+        layers = (native.AdapterLayer * n_layers)()
+        fields = {name: field for field, name in MATRICES.items()}
+        self.struct = native.Adapter(layers=layers, rank=max(len(update.a) for update in updates.values()))
+        for place, update in updates.items():
+            a, b = pack(update.a, arena), pack(update.b, arena)
+            self._matrices += [a, b]
+            packed = native.LowRank(a.as_weight(), b.as_weight())
+            if place == "head":
+                self.struct.head = packed
+            else:
+                _, layer, name = place.split(".", 2)
+                setattr(layers[int(layer)], fields[name], packed)
 
 
 class _Ropes:

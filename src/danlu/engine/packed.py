@@ -44,9 +44,7 @@ class Matrix:
         return native.Weight(self.data.ctypes.data, None if bias is None else bias.ctypes.data, kind, self.n, self.k)
 
 
-def pack(
-    weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None, *, only_copy: bool = False
-) -> Matrix:
+def pack(weight: Tensor | PackedTensor, arena: Arena, blocks: str | None = None, *, only_copy: bool = False) -> Matrix:
     """A matrix as it is stored: Q8_0, Q4_0, Q4_1 and floats keep every weight; other blocks become :data:`REPACKED`.
 
     Args:

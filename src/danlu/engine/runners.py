@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from danlu.adapters.open import open_adapted
+from danlu.adapters.peft_config import is_adapter_folder
 from danlu.engine.batch import Runner
 from danlu.engine.drafts import DraftModel
 from danlu.engine.engine_config import EngineConfig
@@ -26,14 +28,17 @@ def open_runner(
     """What runs a model, and its tokenizer where there is one.
 
     Args:
-        model: a model folder, a GGUF file, a name that `danlu pull` knows, a model in memory, or a runner, which is
-            taken as it is.
+        model: a model folder, an adapter folder (merged into its base), a GGUF file, a name that `danlu pull` knows, a
+            model in memory, or a runner, which is taken as it is.
 
     Raises:
         DanluError: the model cannot be opened.
     """
     if isinstance(model, str | Path):
         path = model_path(model)
+        if is_adapter_folder(path):
+            merged, own = _load_adapted(path, config)
+            return _native(merged, config) or _on_torch(merged, config), tokenizer or own
         runner = _native(path, config) or _on_torch(_load(path, config), config)
         return runner, tokenizer or Tokenizer.load(path)
     if isinstance(model, CausalLM):
@@ -86,6 +91,11 @@ def _load(path: Path, config: EngineConfig) -> CausalLM:
     device = pick_device(config.device)
     model: CausalLM = load_model(path, CausalLM, device=device, dtype=DTYPES[pick_precision(config.precision, device)])
     return model
+
+
+def _load_adapted(path: Path, config: EngineConfig) -> tuple[CausalLM, Tokenizer]:
+    device = pick_device(config.device)
+    return open_adapted(path, device=device, dtype=DTYPES[pick_precision(config.precision, device)], merged=True)
 
 
 def open_draft_model(config: EngineConfig, tokenizer: Tokenizer | None, vocab_size: int) -> DraftModel | None:

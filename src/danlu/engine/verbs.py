@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from danlu import console
+from danlu.adapters.open import base_of, open_adapted
+from danlu.adapters.peft_config import is_adapter_folder
 from danlu.config import validate
 from danlu.engine.beam import Beams
 from danlu.engine.config import SamplingParams
@@ -33,20 +35,22 @@ COMMANDS = "/reset forgets the conversation, /system TEXT sets the system messag
 
 
 def open_model(folder: Path, device: str, precision: str, kind: type[M]) -> tuple[M, Tokenizer]:
-    """A model and its tokenizer, ready to run.
+    """A model and its tokenizer, ready to run; an adapter folder is merged into its base.
 
     Raises:
         DanluError: the folder is missing, incomplete or of another kind.
     """
     _require_model(folder)
     place = pick_device(device)
-    model = load_model(folder, kind, device=place, dtype=DTYPES[pick_precision(precision, place)])
-    return model, Tokenizer.load(folder)
+    dtype = DTYPES[pick_precision(precision, place)]
+    if is_adapter_folder(folder):
+        return open_adapted(folder, kind, device=place, dtype=dtype, merged=True)
+    return load_model(folder, kind, device=place, dtype=dtype), Tokenizer.load(folder)
 
 
 def _require_model(path: Path) -> None:
     card = card_if_any(path) if path.is_dir() else None
-    if card is not None and card.kind != "model":
+    if card is not None and card.kind not in ("model", "adapter"):
         raise DanluError(f"{path}: is a {card.kind} folder; expected a model folder")
 
 
@@ -64,7 +68,7 @@ def generate(config: GenerateConfig) -> list[str]:
     path = model_path(config.model)
     _require_model(path)
     streamed = not config.json and config.prompts_file is None and config.n == 1
-    if "seq2seq" in tasks_of(path):
+    if "seq2seq" in tasks_of(base_of(path) if is_adapter_folder(path) else path):
         answers = _rewrite(path, config, prompts, params, streamed)
     else:
         with Engine(path, config) as engine:

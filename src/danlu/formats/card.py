@@ -27,7 +27,7 @@ from danlu.errors import DanluError
 CARD = "danlu.json"
 RUN = "danlu.run.json"
 
-Kind = Literal["data", "tokenizer", "model", "evaluation"]
+Kind = Literal["data", "tokenizer", "model", "adapter", "evaluation"]
 
 _SHAPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("kind", "verb", "fingerprint", "created"), str),

@@ -35,6 +35,21 @@ struct Model {
     float norm_eps, attention_softcap, logit_softcap, embed_scale, head_scale;  // a cap of 0: none
 };
 
+// What an adapter adds to one matrix: y += B A x, both F32; a has rank outputs, b has rank inputs. a.data null: nothing.
+struct LowRank {
+    Weight a, b;
+};
+
+struct AdapterLayer {
+    LowRank q, k, v, o, gate, up, down;
+};
+
+struct Adapter {
+    const AdapterLayer* layers;
+    LowRank head;
+    int32_t rank;  // the largest of them
+};
+
 // The cache of one group of layers: (blocks, layers, kv heads, block), so that what is used lies together. Keys of a block lie by dimension, (head_dim, 16),
 // values by token, (16, head_dim). In int8 each block is followed by its 16 scales, fp32.
 struct Cache {
@@ -54,4 +69,5 @@ struct Batch {
     const Cache* caches;
     float* logits;  // (rows, vocabulary), or null
     float* hidden;  // (rows, dim), or null
+    const Adapter* const* adapters;  // of each sequence, null: none; or null where no sequence has one
 };

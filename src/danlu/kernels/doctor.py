@@ -18,6 +18,7 @@ EXTRAS = {
     "data": ("trafilatura", "pypdfium2", "py3langid"),
     "sentencepiece": ("sentencepiece",),
     "tasks": ("sklearn",),
+    "verifiers": ("jsonschema",),
     "tracing": ("opentelemetry.sdk", "opentelemetry.exporter.otlp"),
 }
 """Extra -> the modules that it brings."""
@@ -38,7 +39,8 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     Returns:
         ``danlu``, ``python``, ``torch`` (versions), ``cpu``: {name, cores, features}, ``memory`` in bytes, ``gpus``:
         names, ``kernels``: {active (a path's name or None), why, built: name -> whether this CPU has it, compiler},
-        ``extras``: name -> modules that are missing.
+        ``extras``: name -> modules that are missing, ``sandbox``: what confines code that a model wrote -> whether it
+        is in force.
     """
     config = validate(config)
     found = examine()
@@ -74,11 +76,21 @@ def examine() -> dict[str, Any]:
         "memory": hardware.total_memory_bytes(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "kernels": {"active": active, "why": why, "built": built, "compiler": build.compiler()},
+        "sandbox": _sandbox(),
         "extras": {
             name: [module for module in modules if importlib.util.find_spec(module) is None]
             for name, modules in EXTRAS.items()
         },
     }
+
+
+def _sandbox() -> dict[str, bool]:
+    from danlu.posttraining.verifiers.sandbox import protections
+
+    try:
+        return {one.name: one.in_force for one in protections()}
+    except DanluError as error:
+        return {str(error): False}
 
 
 def _cpu_name() -> str:
@@ -105,6 +117,8 @@ def _show(found: dict[str, Any]) -> None:
     )
     table.add_row("CPU kernels", f"{kernels['active'] or 'torch'}: {kernels['why']}")
     table.add_row("", f"built: {built or 'none'}; C++ compiler: {kernels['compiler'] or 'none'}")
+    lacking = [name for name, in_force in found["sandbox"].items() if not in_force]
+    table.add_row("sandbox", f"lacks {', '.join(lacking)}" if lacking else "complete: code of models can be run")
     for name, missing in found["extras"].items():
         told = "installed" if not missing else f"not installed (pip install 'danlu[{name}]'): {', '.join(missing)}"
         table.add_row(f"extra {name}", told)

@@ -57,6 +57,18 @@ class Model(Structure):
     ]
 
 
+class LowRank(Structure):
+    _fields_ = [("a", Weight), ("b", Weight)]
+
+
+class AdapterLayer(Structure):
+    _fields_ = [(name, LowRank) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+
+
+class Adapter(Structure):
+    _fields_ = [("layers", POINTER(AdapterLayer)), ("head", LowRank), ("rank", c_int32)]
+
+
 class Cache(Structure):
     _fields_ = [("keys", c_void_p), ("values", c_void_p), ("n_layers", c_int64)]
 
@@ -73,6 +85,7 @@ class Batch(Structure):
         ("caches", POINTER(Cache)),
         ("logits", c_void_p),
         ("hidden", c_void_p),
+        ("adapters", POINTER(POINTER(Adapter))),
     ]
 
 

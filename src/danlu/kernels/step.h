@@ -6,6 +6,7 @@
 #include "abi.h"
 #include "attention.h"
 #include "dense.h"
+#include "low_rank.h"
 #include "pool.h"
 #include "quantized.h"
 #ifdef __AMX_BF16__
@@ -109,6 +110,12 @@ class Step {
         sequence_of_.resize(n);
         for (int s = 0; s < batch.n_sequences; s++)
             std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);
+        const auto adapter_of = [&](int t) { return batch.adapters ? batch.adapters[sequence_of_[t]] : nullptr; };
+        updates_.plan(n, adapter_of);
+        head_updates_.plan(batch.n_rows, [&](int r) {
+            const Adapter* adapter = adapter_of(batch.rows[r]);
+            return adapter && adapter->head.a.data ? adapter : nullptr;
+        });
         pool_.run([this] { work(); });
     }
 
@@ -140,11 +147,11 @@ class Step {
             rows(n, [&](int t) { turn_and_keep(layer, t); });
             attention(layer);
             rows(n, [&](int t) { join(layer, t), prepare(t, n, attended_.data(), nullptr, q_dim_, batch_->prompt_from); });
-            add_to_stream(layer.o, n, layer.post_attention_norm, layer.mlp_norm);
+            add_to_stream(layer.o, n, attended_.data(), {l, 1, {&AdapterLayer::o}}, layer.post_attention_norm, layer.mlp_norm);
             feed_forward(layer);
             rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim, batch_->prompt_from); });
             bool last = l + 1 == model_.n_layers;
-            add_to_stream(layer.down, n, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
+            add_to_stream(layer.down, n, ffn_.data(), {l, 1, {&AdapterLayer::down}}, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
         }
         rows(batch_->n_rows, [&](int r) { finish(r); });
         if (batch_->logits) head();
@@ -245,12 +252,28 @@ class Step {
         });
     }
 
+    int number(const Layer& layer) const { return int(&layer - model_.layers); }
+
+    // A x of the matrices that take this input; the products that follow add B times that.
+    void begin_updates(LowRankUpdates& updates, const AdaptedMatrices& matrices, const float* input) {
+        if (!updates.any()) return;
+        pool_.share(updates.items(matrices), 1, [&](int item) { updates.down(item, matrices, input); });
+        pool_.barrier();
+    }
+
+    // What product() has put out, with its updates.
+    void add_updates(LowRankUpdates& updates, int matrix, const AdaptedMatrices& matrices, const Weight& w, int span, int row0, int rows, float* out) {
+        if (updates.any()) updates.up(matrix, matrices, span * SPAN, std::min((span + 1) * SPAN, tiles(w)), row0, rows, out, WIDE);
+    }
+
     static void put(const float* results, int rows, int columns, float* to, size_t ld) {
         for (int m = 0; m < rows; m++, results += WIDE, to += ld) std::copy_n(results, columns, to);
     }
 
     void project_qkv(const Layer& layer) {
         const int n = batch_->n_tokens, width = q_dim_ + 2 * kv_dim_, nq = spans(layer.q), nk = spans(layer.k);
+        const AdaptedMatrices adapted{number(layer), 3, {&AdapterLayer::q, &AdapterLayer::k, &AdapterLayer::v}};
+        begin_updates(updates_, adapted, input_.data());
         share_spans(nq + 2 * nk, n, [&](int span, int row0, int rows) {
             bool is_q = span < nq, is_k = span < nq + nk;
             const Weight& w = is_q ? layer.q : is_k ? layer.k : layer.v;
@@ -258,6 +281,7 @@ class Step {
             int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * WIDE;
             alignas(64) float out[ROW_BLOCK * WIDE];
             product(w, own, n, row0, rows, out, batch_->prompt_from);
+            add_updates(updates_, is_q ? 0 : is_k ? 1 : 2, adapted, w, own, row0, rows, out);
             put(out, rows, std::min(WIDE, w.n - own * WIDE), qkv_.data() + size_t(row0) * width + column, width);
         });
     }
@@ -388,21 +412,27 @@ class Step {
 
     void feed_forward(const Layer& layer) {
         const int n = batch_->n_tokens, width = model_.ffn_dim;
+        const AdaptedMatrices adapted{number(layer), 2, {&AdapterLayer::gate, &AdapterLayer::up}};
+        begin_updates(updates_, adapted, input_.data());
         share_spans(spans(layer.gate), n, [&](int span, int row0, int rows) {
             alignas(64) float gate[ROW_BLOCK * WIDE], up[ROW_BLOCK * WIDE];
             product(layer.gate, span, n, row0, rows, gate, batch_->prompt_from);
             product(layer.up, span, n, row0, rows, up, batch_->prompt_from);
+            add_updates(updates_, 0, adapted, layer.gate, span, row0, rows, gate);
+            add_updates(updates_, 1, adapted, layer.up, span, row0, rows, up);
             for (int i = 0; i < rows * WIDE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
             put(gate, rows, std::min(WIDE, width - span * WIDE), ffn_.data() + size_t(row0) * width + span * WIDE, width);
         });
     }
 
     // x += w input, with the branch's own norm where there is one; then the input of the next branch.
-    void add_to_stream(const Weight& w, int n, const float* post_norm, const float* next_norm) {
+    void add_to_stream(const Weight& w, int n, const float* input, const AdaptedMatrices& adapted, const float* post_norm, const float* next_norm) {
         const int dim = model_.dim;
+        begin_updates(updates_, adapted, input);
         share_spans(spans(w), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
             product(w, span, n, row0, rows, out, batch_->prompt_from);
+            add_updates(updates_, 0, adapted, w, span, row0, rows, out);
             int columns = std::min(WIDE, dim - span * WIDE);
             float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + span * WIDE;
             if (post_norm) put(out, rows, columns, to, dim);
@@ -434,9 +464,12 @@ class Step {
 
     void head() {
         const int n = batch_->n_rows, width = model_.head.n;
+        const AdaptedMatrices adapted{-1, 1, {}};
+        begin_updates(head_updates_, adapted, branch_.data());
         share_spans(spans(model_.head), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
             product(model_.head, span, n, row0, rows, out, exact_rows_);
+            add_updates(head_updates_, 0, adapted, model_.head, span, row0, rows, out);
             if (model_.logit_softcap > 0)
                 for (int i = 0; i < rows * WIDE; i += W)
                     store(out + i, set1(model_.logit_softcap) * tanh(load(out + i) * set1(1 / model_.logit_softcap)));
@@ -457,4 +490,5 @@ class Step {
 #endif
     std::vector<Piece> pieces_;
     std::vector<int> sequence_of_;
+    LowRankUpdates updates_, head_updates_;  // of the tokens; of the rows whose logits are wanted
 };

@@ -133,6 +133,11 @@ def read_config(path: str | Path) -> ModelConfig:
     return config
 
 
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model folder, or what it would be of a GGUF file."""
+    return _open(Path(path))[1]
+
+
 def stored_weights(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor | PackedTensor]]:
     """A causal model's shape and its weights as they are stored, for kernels that compute on them: by our names,
     matrices of a GGUF file in its blocks, everything else mapped. A tied head is left out.

@@ -90,12 +90,13 @@ Names = Mapping[str | tuple[str, ...], Source]
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table, for one layer: ``theirs`` -> ``ours`` and back."""
+    """One line of a table, for one layer: ``theirs`` -> ``ours`` and back. ``transposed``: theirs is (in, out)."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     to_ours: Callable[[list[Tensor]], list[Tensor]]
     to_theirs: Callable[[list[Tensor]], list[Tensor]]
+    transposed: bool = False
 
 
 def rules(names: Names, config: ModelConfig, shapes: Mapping[str, Sequence[int]], prefix: str = "") -> Iterator[Rule]:
@@ -131,10 +132,10 @@ def _rule(
     if isinstance(source, Row):
         return Rule(ours, (their(source.theirs),), _flatten, _as_row)
     if isinstance(source, Transposed):
-        return Rule(ours, (their(source.theirs),), _transpose, _transpose)
+        return Rule(ours, (their(source.theirs),), _transpose, _transpose, transposed=True)
     if isinstance(source, Fused):
         split, join = _fused(source, sizes, config)
-        return Rule(ours, (their(source.theirs),), split, join)
+        return Rule(ours, (their(source.theirs),), split, join, source.transposed)
     assert config.experts is not None
     number, parts = config.experts.number, len(source.theirs)
     theirs = tuple(their(name).replace("{e}", str(e)) for e in range(number) for name in source.theirs)

@@ -66,7 +66,7 @@ class Attention(nn.Module):
             memory: keys and values of another sequence, (batch, n_kv_heads, keys, head_dim) each, or those of many, to
                 go with a paged cache.
         """
-        q = self._heads(self.q_proj(x_btd), self.n_heads, "q")
+        q = self.queries(x_btd)
         if isinstance(memory, LayerMemory):
             return self._output(memory.attend(q, scale=self.scale, softcap=self.softcap))
         if memory is None:
@@ -81,6 +81,10 @@ class Attention(nn.Module):
             k, v = memory
         causal = self.causal and mask is None and q.shape[2] == k.shape[2] > 1
         return self._output(attend(q, k, v, mask, causal=causal, scale=self.scale, softcap=self.softcap))
+
+    def queries(self, x_btd: Tensor) -> Tensor:
+        """Queries, (batch, n_heads, seq, head_dim), before any rotation."""
+        return self._heads(self.q_proj(x_btd), self.n_heads, "q")
 
     def keys_values(self, x_btd: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, (batch, n_kv_heads, seq, head_dim) each, before any rotation."""

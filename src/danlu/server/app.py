@@ -34,7 +34,7 @@ from danlu.server.api import (
     tokens,
 )
 from danlu.server.api.response_jobs import Jobs
-from danlu.server.config import ServeConfig, named_models
+from danlu.server.config import ServeConfig, named_adapters, named_models
 from danlu.server.conversations import routes as conversations
 from danlu.server.conversations import store as conversation_store
 from danlu.server.errors import ApiError, answer_error
@@ -85,7 +85,7 @@ def create_app(
     database = Database(database_path(config.data), TABLES)
     must_exist = config.api_key_file is not None
     keys = Keys(key_file_path(config.api_key_file, config.data), usage.Usage(database), must_exist=must_exist)
-    measured = Metrics(tuple(named_models(config.model)))
+    measured = Metrics((*named_models(config.model), *(adapter.name for adapter in named_adapters(config))))
     models = Models(config, measured)
     serving = Serving(config, models, database, keys, measured)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from danlu.config import option
 from danlu.engine.engine_config import EngineConfig
@@ -23,6 +23,11 @@ class ServeConfig(EngineConfig):
         "Models to serve: a model folder, a GGUF file or a name that `danlu pull` knows, each on its own or as "
         "name=model. The first is loaded at once, others when they are asked for.",
         positional=True,
+    )
+    adapter: tuple[str, ...] = option(
+        (),
+        "LoRA adapters to serve beside their models, folders in PEFT's layout, each as MODEL:NAME=folder, or as "
+        "NAME=folder for the first model. Requests name them MODEL:NAME; each is loaded when it is first asked for.",
     )
     kv_memory: int | None = option(
         1024,
@@ -71,10 +76,46 @@ class ServeConfig(EngineConfig):
         if len(names) < len(self.model):
             found.append("model: two models have the same name; give them as name=model")
         found += [f"model: {text!r} names no model" for text in self.model if not all(_split(text))]
+        found += self._adapter_problems(names)
         for origin in self.cors_origin:
             if not origin.startswith(("http://", "https://")) or origin.count("/") > 2:
                 found.append(f"cors_origin: {origin!r} is no origin; write it as https://host or https://host:port")
         return found
+
+    def _adapter_problems(self, models: list[str]) -> list[str]:
+        found, taken = [], set(models)
+        for text in self.adapter:
+            one = _adapter(text, models)
+            if not (one.folder and one.name.rpartition(":")[2]):
+                found.append(f"adapter: {text!r} is no adapter; write it as NAME=folder or MODEL:NAME=folder")
+            elif one.parent not in models:
+                found.append(f"adapter: {text!r} is for a model {one.parent!r}, and none of this name is served")
+            elif one.name in taken:
+                found.append(f"adapter: {one.name!r} is named twice")
+            taken.add(one.name)
+        return found
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter that is served: its name for clients, MODEL:NAME, that of its model, and where it is."""
+
+    name: str
+    parent: str
+    folder: str
+
+
+def named_adapters(config: ServeConfig) -> list[NamedAdapter]:
+    """The adapters of a server."""
+    models = list(named_models(config.model))
+    return [_adapter(text, models) for text in config.adapter]
+
+
+def _adapter(text: str, models: list[str]) -> NamedAdapter:
+    name, _, folder = text.partition("=")
+    parent, colon, own = name.rpartition(":")
+    if not colon:
+        parent = models[0] if models else ""
+    return NamedAdapter(f"{parent}:{own}", parent, folder)
 
 
 def named_models(texts: tuple[str, ...]) -> dict[str, str]:

@@ -14,12 +14,13 @@ from typing import Literal
 
 from danlu.errors import DanluError
 from danlu.hub.pull import model_path
-from danlu.server.config import ServeConfig, named_models
+from danlu.server.config import ServeConfig, named_adapters, named_models
 from danlu.server.errors import ApiError
 from danlu.server.operation.drain import shutting_down
 from danlu.server.operation.log_format import log
 from danlu.server.operation.metrics import Metrics
-from danlu.server.remote import RemoteModel
+from danlu.server.protocol import ModelInfo
+from danlu.server.remote import RemoteModel, WorkerFailed, WorkerStopped
 
 State = Literal["unloaded", "loading", "loaded"]
 
@@ -29,15 +30,16 @@ RETRY_FAILED_SECONDS = 10.0
 
 
 class Entry:
-    """One model, loaded or not.
+    """One model, loaded or not; or an adapter, which is computed by the process of its model.
 
     Attributes:
+        parent: the model of an adapter.
         answers: that are written or wait, of all requests.
         using: requests that hold it; it is not unloaded meanwhile.
     """
 
-    def __init__(self, name: str, source: str) -> None:
-        self.name, self.source = name, source
+    def __init__(self, name: str, source: str, parent: Entry | None = None) -> None:
+        self.name, self.source, self.parent = name, source, parent
         self.created = int(time.time())
         self.model: RemoteModel | None = None
         self.loading: asyncio.Task[RemoteModel] | None = None
@@ -46,8 +48,26 @@ class Entry:
         self.failure: tuple[float, DanluError] | None = None
 
     @property
+    def owner(self) -> Entry:
+        """The entry whose process computes it."""
+        return self if self.parent is None else self.parent
+
+    @property
+    def adapter(self) -> str | None:
+        """Its name in the process, of an adapter."""
+        return None if self.parent is None else self.name
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What is known of it; None where it is not loaded."""
+        model = self.owner.model
+        return None if model is None else model.infos.get(self.adapter)
+
+    @property
     def state(self) -> State:
         """Where it is."""
+        if self.parent is not None:
+            return "unloaded" if self.info is None else "loaded"
         return "loaded" if self.model is not None else "loading" if self.loading is not None else "unloaded"
 
     @property
@@ -62,8 +82,11 @@ class Models:
     def __init__(self, config: ServeConfig, metrics: Metrics) -> None:
         self.config, self.metrics = config, metrics
         self.entries = {name: Entry(name, source) for name, source in named_models(config.model).items()}
+        for adapter in named_adapters(config):
+            self.entries[adapter.name] = Entry(adapter.name, adapter.folder, self.entries[adapter.parent])
         for name, entry in self.entries.items():
-            metrics.watch_memory(name, partial(getattr, entry, "memory"))
+            if entry.parent is None:
+                metrics.watch_memory(name, partial(getattr, entry, "memory"))
         self.budget = (config.model_memory << 20) if config.model_memory else int(MODEL_MEMORY_SHARE * machine_bytes())
         self._room = asyncio.Lock()
         self._closed = False
@@ -82,24 +105,26 @@ class Models:
         if name is None:
             return self.first
         if name not in self.entries:
-            if name.partition(":")[0] in self.entries and ":" in name:
-                raise ApiError(
-                    404,
-                    f"model: {name!r} names an adapter, and this server has none",
-                    param="model",
-                    code="model_not_found",
-                )
+            model, _, adapter = name.rpartition(":")
+            if model in self.entries:
+                raise ApiError(404, f"model: {model!r} has no adapter {adapter!r}; GET /v1/models lists them",
+                               param="model", code="model_not_found")  # fmt: skip
             raise ApiError(404, f"model: there is no model {name!r}; GET /v1/models lists them", param="model",
                            code="model_not_found")  # fmt: skip
         return self.entries[name]
 
     @contextlib.asynccontextmanager
     async def use(self, entry: Entry) -> AsyncIterator[RemoteModel]:
-        """The model, loaded, and kept so while the block lasts.
+        """The model, loaded, with the adapter if it is one, and kept so while the block lasts.
 
         Raises:
             ApiError: it cannot be loaded, or there is no room for it now.
         """
+        if entry.parent is not None:
+            async with self.use(entry.parent) as base:
+                await _load_adapter(base, entry)
+                yield base
+            return
         if self._closed:
             raise shutting_down()
         entry.using += 1
@@ -195,6 +220,17 @@ class Models:
             self.metrics.crashed(entry.name)
             if not self._closed:
                 log.warning("%s: its process has ended by itself; the next request starts it again", entry.name)
+
+
+async def _load_adapter(model: RemoteModel, entry: Entry) -> None:
+    try:
+        await model.load_adapter(entry.name, entry.source)
+    except DanluError as error:
+        raise ApiError(503, f"model: {entry.name!r} cannot be loaded: {error}", code="model_not_loaded") from None
+    except WorkerStopped:
+        raise shutting_down() from None
+    except WorkerFailed as error:
+        raise ApiError(500, f"the model failed: {error}", code="model_failed") from None
 
 
 async def _fetched(source: str) -> Path:

@@ -77,12 +77,14 @@ class RemoteModel:
 
     Attributes:
         info: what it serves.
+        infos: the same under None, and what the adapters are that it has loaded, by name.
         stats: of its engine, as they were told last.
         on_exit: called once when the process is gone, asked to or not.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: Any) -> None:
         self.info: ModelInfo
+        self.infos: dict[str | None, ModelInfo] = {}
         self.stats: Mapping[str, float] = {}
         self.on_exit: Callable[[], None] = lambda: None
         self.on_stats: Callable[[Mapping[str, float]], None] = lambda stats: None
@@ -90,6 +92,7 @@ class RemoteModel:
         self._last_id = 0
         self._results: dict[int, asyncio.Future[Any]] = {}
         self._streams: dict[int, Stream] = {}
+        self._adapters: dict[str, asyncio.Task[None]] = {}  # those that are loaded, or just being so
         self._gone = self._stopping = False
         self._listening: asyncio.Task[None]
 
@@ -115,7 +118,7 @@ class RemoteModel:
         loaded = model._expect(0)
         model._listening = asyncio.create_task(model._listen())
         try:
-            model.info = ModelInfo(**await loaded)
+            model.info = model.infos[None] = ModelInfo(**await loaded)
         except BaseException as error:
             await asyncio.shield(model.stop())
             if isinstance(error, WorkerFailed):
@@ -151,9 +154,32 @@ class RemoteModel:
         finally:
             self._results.pop(number, None)
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Have the process load an adapter, unless it has; later calls wait for the same load. One that failed is tried
+        again by the next.
+
+        Raises:
+            DanluError: it cannot be loaded.
+        """
+        if name not in self._adapters:
+            self._adapters[name] = task = asyncio.create_task(self._load_adapter(name, folder))
+            task.add_done_callback(
+                lambda done: done.cancelled() or done.exception()
+            )  # somebody may have stopped to wait
+        await asyncio.shield(self._adapters[name])
+
+    async def _load_adapter(self, name: str, folder: str) -> None:
+        try:
+            self.infos[name] = ModelInfo(**await self.ask("load_adapter", adapter=name, folder=folder))
+        except BaseException:
+            del self._adapters[name]
+            raise
+
     @contextlib.asynccontextmanager
-    async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Stream]:
-        """Ask for answers. Who leaves the block aborts what still runs.
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None = None
+    ) -> AsyncIterator[Stream]:
+        """Ask for answers, of the model or of an adapter that is loaded. Who leaves the block aborts what still runs.
 
         Raises:
             DanluError: this can never run.
@@ -161,7 +187,8 @@ class RemoteModel:
         number = self._next()
         future, stream = self._expect(number), Stream()
         self._streams[number] = stream
-        self._send({"id": number, "op": "generate", "prompt": pack_prompt(prompt), "params": pack_params(params)})
+        packed = {"prompt": pack_prompt(prompt), "params": pack_params(params), "adapter": adapter}
+        self._send({"id": number, "op": "generate", **packed})
         try:
             begun = await future
             stream.prompt_tokens, stream.thinking = begun["prompt_tokens"], begun["thinking"]

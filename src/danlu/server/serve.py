@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from prometheus_client import disable_created_metrics
 
 from danlu import __version__, files
+from danlu.adapters.peft_config import read_peft_config
 from danlu.config import validate
 from danlu.console import note
 from danlu.errors import DanluError
 from danlu.hub.sources import parse_source
 from danlu.server.access.data_folder import data_folder, key_file_path
 from danlu.server.app import create_app
-from danlu.server.config import ServeConfig, is_loopback, named_models
+from danlu.server.config import ServeConfig, is_loopback, named_adapters, named_models
 from danlu.server.operation.connections import BACKLOG, ROOM_TO_REFUSE, uvicorn_config
 from danlu.server.operation.drain import DrainingServer
 from danlu.server.operation.log_format import log, set_up_logs
@@ -84,9 +85,11 @@ def _require_keys(config: ServeConfig) -> None:
 
 
 def _require_models(config: ServeConfig) -> None:
-    """What is no path and no source is told now, not when it is asked for."""
+    """What is no path and no source, or no adapter, is told now, not when it is asked for."""
     for source in named_models(config.model).values():
         parse_source(source)
+    for adapter in named_adapters(config):
+        read_peft_config(adapter.folder)
 
 
 def _require_writable(folder: Path) -> None:
@@ -147,7 +150,7 @@ def _open_tracing(config: ServeConfig) -> Tracing | None:
 
 def _announce(config: ServeConfig, port: int) -> None:
     """Say where everything is."""
-    names = ", ".join(named_models(config.model))
+    names = ", ".join([*named_models(config.model), *(adapter.name for adapter in named_adapters(config))])
     host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(config.host, config.host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     _tell_systemd("READY=1")

@@ -75,8 +75,9 @@ class Serving:
         Raises:
             ApiError: there is none of the name, or not for this key, or it cannot be loaded.
         """
-        async with self.models.use(self.entry(request, model)) as remote:
-            return remote.info
+        entry = self.entry(request, model)
+        async with self.models.use(entry) as remote:
+            return remote.infos[entry.adapter]
 
     def entry(self, request: Request, model: str | None) -> Entry:
         """A model that the key may use.
@@ -86,8 +87,8 @@ class Serving:
         """
         caller = caller_of(request)
         if model is None and caller.models is not None:
-            model = next((name for name in self.models.entries if name in caller.models), None)
-        if caller.models is not None and (model is None or model not in caller.models):
+            model = next(filter(caller.may_use, self.models.entries), None)
+        if caller.models is not None and (model is None or not caller.may_use(model)):
             raise ApiError(404, f"model: there is no model {model!r} for this key; GET /v1/models lists them",
                            param="model", code="model_not_found")  # fmt: skip
         return self.models.entry(model)
@@ -126,11 +127,12 @@ class Serving:
         ):
             if not limited and granted < tokens:
                 params = replace(params, max_new_tokens=(granted - about) // n)
-            self._require("generate", remote.info)
-            self._require_room(params, remote.info, names or {})
+            info = remote.infos[entry.adapter]
+            self._require("generate", info)
+            self._require_room(params, info, names or {})
             async with contextlib.AsyncExitStack() as running:
                 with _refusals(names):
-                    stream = await running.enter_async_context(remote.generate(prompt, params))
+                    stream = await running.enter_async_context(remote.generate(prompt, params, entry.adapter))
                 answer = Answer(
                     request.state.request_id, entry, stream, until, self.metrics, keep_texts=self.config.log_prompts
                 )
@@ -230,9 +232,10 @@ class Serving:
         self, request: Request, model: str | None, op: str, names: Mapping[str, str] | None = None, **packed: Any
     ) -> Any:
         """Ask a model's tokenizer."""
-        async with self.models.use(self.entry(request, model)) as remote:
+        entry = self.entry(request, model)
+        async with self.models.use(entry) as remote:
             with _refusals(names):
-                return await remote.ask(op, **packed)
+                return await remote.ask(op, adapter=entry.adapter, **packed)
 
     async def _ask(
         self,
@@ -247,11 +250,11 @@ class Serving:
         """Ask for work on prompts alone."""
         entry = self.entry(request, model)
         async with self._admitted(request, entry, 1, reserve, reserve) as (cost, _), self.models.use(entry) as remote:
-            self._require(kind, remote.info)
+            self._require(kind, remote.infos[entry.adapter])
             try:
                 with _refusals(names):
                     async with asyncio.timeout(self.config.deadline):
-                        found = await remote.ask(op, **packed)
+                        found = await remote.ask(op, adapter=entry.adapter, **packed)
             except TimeoutError:
                 self.metrics.aborted(entry.name, "deadline")
                 raise too_late() from None
@@ -274,16 +277,17 @@ class Serving:
         cost, status = Cost(), 200
         self.metrics.request_begun(entry.name, route)
         try:
-            if entry.answers + n > self.config.max_running + self.config.max_queue:
+            owner = entry.owner  # whose engine writes them
+            if owner.answers + n > self.config.max_running + self.config.max_queue:
                 raise ApiError(
-                    429, f"{entry.answers} answers are running or waiting, all that this server takes; try again",
-                    code="queue_full", headers={"Retry-After": str(_retry_after(entry))},
+                    429, f"{owner.answers} answers are running or waiting, all that this server takes; try again",
+                    code="queue_full", headers={"Retry-After": str(_retry_after(owner))},
                 )  # fmt: skip
-            entry.answers += n
+            owner.answers += n
             try:
                 yield cost, admission.tokens
             finally:
-                entry.answers -= n
+                owner.answers -= n
         except ApiError as error:
             status = error.status
             raise

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ class Tokenizer:
         definition: content of ``tokenizer.json``.
         config: content of ``tokenizer_config.json``: ``bos_token``, ``eos_token``, ``pad_token``, ``chat_template``.
         where: the folder, for error messages.
+        words: added tokens that are not flagged as special and are recognised in any text, as its words are.
 
     Attributes:
         vocab_size: number of ids, special tokens included.
@@ -60,14 +61,21 @@ class Tokenizer:
     """
 
     def __init__(
-        self, definition: Mapping[str, Any], config: Mapping[str, Any] | None = None, where: object = "tokenizer"
+        self,
+        definition: Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+        where: object = "tokenizer",
+        *,
+        words: Collection[str] = (),
     ) -> None:
         self._definition = dict(definition)
         self._config = dict(config or {})
         self.where = where
         added = self._definition.get("added_tokens") or []
         self._full = build(self._definition, where)
-        self._markers: dict[str, int] = {token["content"]: token["id"] for token in added if is_marker(token)}
+        self._markers: dict[str, int] = {
+            token["content"]: token["id"] for token in added if is_marker(token) and token["content"] not in words
+        }
         self._plain = build(without_markers(self._definition, self._markers), where)
         self._plain.encode_special_tokens = True
 

@@ -76,8 +76,8 @@ def load_latest(out: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
 
 
 def training_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Everything made of numbers: weights, optimizer state, RNG states of torch."""
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    """Everything made of numbers that moves: weights that are trained, optimizer state, RNG states of torch."""
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     for o, optimizer in enumerate(optimizers):
         for i, p in enumerate(_params(optimizer)):
             for key, value in optimizer.state.get(p, {}).items():
@@ -92,7 +92,8 @@ def restore_tensors(tensors: dict[str, Tensor], model: nn.Module, optimizers: li
     """The reverse of :func:`training_tensors`."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(tensors[f"model.{name}"])
+            if p.requires_grad:
+                p.copy_(tensors[f"model.{name}"])
     for o, optimizer in enumerate(optimizers):
         params = _params(optimizer)
         for name, value in tensors.items():

@@ -83,28 +83,58 @@ class Side:
         return [example.target for example in self.examples]
 
 
+@dataclass
+class Labelled:
+    """Rows to learn labels or numbers from, and those that are held out. ``labels`` are in the order of the head's
+    logits."""
+
+    kind: LabelKind
+    labels: tuple[str, ...]
+    train: list[TextRow]
+    held_out: list[TextRow]
+
+    def encoded(self, config: FinetuneConfig, tokenizer: Tokenizer, max_length: int) -> tuple[Side, Side]:
+        """Both with their tokens, at most ``max_length`` of a text.
+
+        Raises:
+            DanluError: a row that cannot be used, or an unknown label.
+        """
+        encode = _Encoder(tokenizer, self.kind, self.labels, config, max_length)
+        train, held_out = (Side(rows, [encode(row) for row in rows]) for rows in (self.train, self.held_out))
+        if encode.n_cut:
+            n_rows = len(self.train) + len(self.held_out)
+            console.warn(
+                f"{config.data}: {encode.n_cut:,} of {n_rows:,} texts are cut to {max_length} tokens (seq_len)"
+            )
+        return train, held_out
+
+
+def read_labelled(config: FinetuneConfig) -> Labelled:
+    """Read the rows, and find out what their labels are.
+
+    Raises:
+        DanluError: a row that cannot be used, or labels with nothing to tell apart.
+    """
+    columns = Columns(config.text_column, config.text2_column, config.label_column)
+    share = 0.1 if config.heldout_share is None else config.heldout_share
+    train, held_out = read_split(text_rows, config.data, config.heldout, columns, share=share, on_error=config.on_error)
+    kind = kind_of_labels([*train, *held_out]) if config.label_kind == "auto" else config.label_kind
+    labels = ("value",) if kind == "number" else _labels(config, kind, train, held_out)
+    return Labelled(kind, labels, train, held_out)
+
+
 def prepare_classify(config: FinetuneConfig, tokenizer: Tokenizer) -> Task:
     """Read the rows, find out what their labels are, and open the model with a head for them.
 
     Raises:
         DanluError: a row that cannot be used, an unknown label, or labels with nothing to tell apart.
     """
-    columns = Columns(config.text_column, config.text2_column, config.label_column)
-    share = 0.1 if config.heldout_share is None else config.heldout_share
-    train_rows, held_out_rows = read_split(
-        text_rows, config.data, config.heldout, columns, share=share, on_error=config.on_error
-    )
-    kind = kind_of_labels([*train_rows, *held_out_rows]) if config.label_kind == "auto" else config.label_kind
-    labels = ("value",) if kind == "number" else _labels(config, kind, train_rows, held_out_rows)
+    rows = read_labelled(config)
+    kind = rows.kind
     model = load_model(
-        config.model, SequenceClassifier, new_head=True, labels=labels, problem_type=PROBLEM[kind]
+        config.model, SequenceClassifier, new_head=True, labels=rows.labels, problem_type=PROBLEM[kind]
     )  # fmt: skip
-    longest = min(config.seq_len, model.config.context)
-    encode = _Encoder(tokenizer, kind, labels, config, longest)
-    train, held_out = (Side(rows, [encode(row) for row in rows]) for rows in (train_rows, held_out_rows))
-    if encode.n_cut:
-        n_rows = len(train_rows) + len(held_out_rows)
-        console.warn(f"{config.data}: {encode.n_cut:,} of {n_rows:,} texts are cut to {longest} tokens (seq_len)")
+    train, held_out = rows.encoded(config, tokenizer, min(config.seq_len, model.config.context))
     if kind == "number":
         _start_at_mean(model, train.targets, config)
 
@@ -112,7 +142,7 @@ def prepare_classify(config: FinetuneConfig, tokenizer: Tokenizer) -> Task:
         return LOSS[kind](model(batch.ids, batch.real, batch.types), batch.targets)
 
     def report() -> Report:
-        return _report(model, tokenizer, kind, train, held_out)
+        return report_on(model, tokenizer, kind, train, held_out)
 
     return Task(model, train.examples, held_out.examples, loss_sum, report)
 
@@ -176,14 +206,22 @@ def _start_at_mean(model: SequenceClassifier, numbers: Sequence[float], config: 
             model.head.bias.fill_(mean)
 
 
-Figures = tuple[dict[str, Any], list[Any], dict[str, Scores]]
-"""The report on the model, its answers, and the baselines' scores."""
+Figures = tuple[dict[str, Any], list[Any]]
+"""The report on the model, and its answers."""
 
 
-def _report(model: SequenceClassifier, tokenizer: Tokenizer, kind: LabelKind, train: Side, held_out: Side) -> Report:
+def scores_on(model: SequenceClassifier, tokenizer: Tokenizer, kind: LabelKind, held_out: Side) -> Scores:
+    """The figures of a model on held-out rows."""
     found = predict(model, held_out.examples, tokenizer.pad_id)
-    figures, answers, beaten = FIGURES[kind](found, train, held_out, model.labels)
-    scores: Scores = {name: value for name, value in figures.items() if isinstance(value, float)}
+    return _scores(FIGURES[kind](found, held_out, model.labels)[0])
+
+
+def report_on(model: SequenceClassifier, tokenizer: Tokenizer, kind: LabelKind, train: Side, held_out: Side) -> Report:
+    """How good a model is on held-out rows, beside what it has to beat."""
+    found = predict(model, held_out.examples, tokenizer.pad_id)
+    figures, answers = FIGURES[kind](found, held_out, model.labels)
+    beaten = BASELINES[kind](train, held_out, model.labels)
+    scores = _scores(figures)
     per_class: dict[str, dict[str, float]] = figures.get("per_class", {})
     details: dict[str, Any] = {"label_kind": kind, "labels": list(model.labels)}
     if "confusion" in figures:
@@ -194,33 +232,53 @@ def _report(model: SequenceClassifier, tokenizer: Tokenizer, kind: LabelKind, tr
     return Report(metrics, {"this model": scores, **beaten}, per_class, details)
 
 
-def _single(found: Probabilities, train: Side, held_out: Side, labels: Sequence[str]) -> Figures:
-    known, true = train.targets, held_out.targets
-    answers = [labels[i] for i in found.argmax(axis=1)]
-    figures = classification_report([labels[i] for i in true], answers, labels) | {"loss": log_loss(found, true)}
-    common = majority(known, true, labels)
-    return figures, answers, compare(common, lambda: tfidf(train.texts, known, held_out.texts, true, labels))
+def _scores(figures: dict[str, Any]) -> Scores:
+    return {name: value for name, value in figures.items() if isinstance(value, float)}
 
 
-def _multi(found: Probabilities, train: Side, held_out: Side, labels: Sequence[str]) -> Figures:
-    known, true = np.array(train.targets), np.array(held_out.targets)
-    answers = named(found, labels)
-    figures = multi_label_report(named(true, labels), answers, labels) | {"loss": binary_log_loss(found, true)}
-    common = majority_multi(known, true, labels)
-    return figures, answers, compare(common, lambda: tfidf_multi(train.texts, known, held_out.texts, true, labels))
+def _single(found: Probabilities, held_out: Side, labels: Sequence[str]) -> Figures:
+    true, answers = held_out.targets, [labels[i] for i in found.argmax(axis=1)]
+    return classification_report([labels[i] for i in true], answers, labels) | {"loss": log_loss(found, true)}, answers
 
 
-def _number(found: Probabilities, train: Side, held_out: Side, labels: Sequence[str]) -> Figures:
-    known, true, answers = train.targets, held_out.targets, found[:, 0].tolist()
-    figures: dict[str, Any] = dict(regression_report(true, answers))
-    common = mean_number(known, true)
-    return figures, answers, compare(common, lambda: tfidf_number(train.texts, known, held_out.texts, true))
+def _multi(found: Probabilities, held_out: Side, labels: Sequence[str]) -> Figures:
+    true, answers = np.array(held_out.targets), named(found, labels)
+    return multi_label_report(named(true, labels), answers, labels) | {"loss": binary_log_loss(found, true)}, answers
 
 
-FIGURES: dict[LabelKind, Callable[[Probabilities, Side, Side, Sequence[str]], Figures]] = {
+def _number(found: Probabilities, held_out: Side, labels: Sequence[str]) -> Figures:
+    answers = found[:, 0].tolist()
+    return dict(regression_report(held_out.targets, answers)), answers
+
+
+FIGURES: dict[LabelKind, Callable[[Probabilities, Side, Sequence[str]], Figures]] = {
     "single": _single,
     "multi": _multi,
     "number": _number,
+}
+
+
+def _beaten_single(train: Side, held_out: Side, labels: Sequence[str]) -> dict[str, Scores]:
+    known, true = train.targets, held_out.targets
+    common = majority(known, true, labels)
+    return compare(common, lambda: tfidf(train.texts, known, held_out.texts, true, labels))
+
+
+def _beaten_multi(train: Side, held_out: Side, labels: Sequence[str]) -> dict[str, Scores]:
+    known, true = np.array(train.targets), np.array(held_out.targets)
+    common = majority_multi(known, true, labels)
+    return compare(common, lambda: tfidf_multi(train.texts, known, held_out.texts, true, labels))
+
+
+def _beaten_number(train: Side, held_out: Side, labels: Sequence[str]) -> dict[str, Scores]:
+    known, true = train.targets, held_out.targets
+    return compare(mean_number(known, true), lambda: tfidf_number(train.texts, known, held_out.texts, true))
+
+
+BASELINES: dict[LabelKind, Callable[[Side, Side, Sequence[str]], dict[str, Scores]]] = {
+    "single": _beaten_single,
+    "multi": _beaten_multi,
+    "number": _beaten_number,
 }
 
 

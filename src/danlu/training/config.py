@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from danlu.adapters.config import AdapterOptions
 from danlu.config import REQUIRED, option
 
 
@@ -41,8 +42,8 @@ class TrainingConfig:
     )
     matrix_lr: float | None = option(
         None,
-        "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW, 5e-5 for labels and pairs; wider "
-        "models get less.",
+        "Learning rate of the matrices; default 0.02 for Muon, 0.002 for AdamW, 5e-5 for labels and pairs, 5e-4 for "
+        "adapters; wider models get less, but for adapters.",
         gt=0,
         le=1,
     )
@@ -153,7 +154,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
+class FinetuneConfig(TrainingConfig, AdapterOptions):
     """Fine-tune a model: on chats, instructions or plain text, or to label, tag, translate, summarise."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
@@ -180,8 +181,8 @@ class FinetuneConfig(TrainingConfig):
     )
     lr_scale: float | None = option(
         None,
-        "Multiplies the default learning rates: those of pre-training (default 0.1), or for labels and pairs those of "
-        "fine-tuning (default 1).",
+        "Multiplies the default learning rates: those of pre-training (default 0.1), for labels and pairs those of "
+        "fine-tuning, for adapters 5e-4 (default 1).",
         gt=0,
         le=10,
     )
@@ -215,6 +216,11 @@ class FinetuneConfig(TrainingConfig):
             default = type(self).__dataclass_fields__[name].default
             if self.task not in tasks and getattr(self, name) != default:
                 found.append(f"{name} is for task={' or '.join(tasks)}, not {self.task}")
+        found += self.adapter_problems()
+        if self.adapter != "none" and self.optimizer == "muon":
+            found.append("optimizer=muon is for whole matrices; an adapter's are learned with adamw")
+        if self.new_tokens and self.task != "causal":
+            found.append(f"new_tokens are for task=causal, not {self.task}")
         if self.task != "causal" and self.compile == "always":
             found.append("compile=always is for task=causal: the rows of other tasks are of all lengths")
         if self.heldout is not None and self.heldout_share is not None:

@@ -3,23 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from danlu import console
+from danlu import console, hardware
+from danlu.adapters import training as adapters
 from danlu.config import validate
 from danlu.data.chat_rows import ChatRow, read_chat_rows
 from danlu.data.folder import DataFolder
 from danlu.data.packing import MaskedSequences, RowStream
 from danlu.errors import DanluError
 from danlu.formats.card import CARD, Stage
-from danlu.models.load import load_model, save_model
+from danlu.models.causal_lm import CausalLM
+from danlu.models.load import load_model
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.classify import prepare_classify
 from danlu.training.config import FinetuneConfig
 from danlu.training.loop import HeldOut, Trainer
+from danlu.training.optim import BETAS
 from danlu.training.pretrain import default_batch_tokens, default_rates
 from danlu.training.seq2seq import prepare_seq2seq
 from danlu.training.tag import prepare_tag
@@ -53,7 +58,9 @@ def finetune(config: FinetuneConfig) -> Path:
     config = validate(config)
     if config.task != "causal":
         return train_task(config, PREPARE[config.task])
-    model, tokenizer = load_model(config.model), Tokenizer.load(config.model)
+    compute_dtype = hardware.DTYPES[hardware.pick_precision(config.precision, hardware.pick_device(config.device))]
+    model = load_model(config.model, dtype=adapters.base_dtype(config, compute_dtype))
+    tokenizer = Tokenizer.load(config.model)
     if config.seq_len > model.config.context:
         raise DanluError(
             f"seq_len ({config.seq_len}) is longer than the context of {config.model} "
@@ -62,33 +69,47 @@ def finetune(config: FinetuneConfig) -> Path:
     if (config.balance_loss or config.router_z_loss) and model.config.experts is None:
         raise DanluError(f"balance_loss and router_z_loss are for mixtures of experts, and {config.model} is none")
     stage = Stage.open(
-        config.out, kind="model", verb="finetune", config=config,
+        config.out, kind=adapters.kind_of_output(config), verb="finetune", config=config,
         inputs={"model": config.model, "data": config.data}, overwrite=config.overwrite,
     )  # fmt: skip
     if stage.finished:
         console.note(f"{config.out}: already made, nothing to do")
         return config.out
 
+    details: dict[str, Any] = {}
     with stage.preparing():
-        train, held_out = _examples(config, tokenizer)
+        if config.adapter != "none":
+            tokenizer, details["adapter"] = adapters.begin_adapter(config, model, tokenizer, seed=config.seed)
+            if config.optimizer == "auto":
+                config = dataclasses.replace(config, optimizer="adamw")
+        reader = adapters.reads_tokens(tokenizer, config.new_tokens) if config.new_tokens else tokenizer
+        train, held_out = read_examples(config, reader)
     rows = RowStream(MaskedSequences(train), config.seq_len, seed=config.seed, pad_id=tokenizer.pad_id)
     trainer = Trainer(
         config, model, rows,
         held_out=_held_out_rows(held_out, tokenizer, config),
-        rates=default_rates(config, model.config, scale=config.lr_scale or 0.1),
+        rates=_rates(config, model),
         batch_tokens=config.batch_tokens or default_batch_tokens(model.config),
         default_epochs=2.0,
+        betas=BETAS if config.adapter == "none" else adapters.BETAS,
         balance_loss=config.balance_loss,
         router_z_loss=config.router_z_loss,
     )  # fmt: skip
     metrics = trainer.run()
-    save_model(model, config.out, tokenizer)
-    stage.finish({**metrics, "examples": len(train), "heldout_examples": len(held_out)}, trainer.details())
+    adapters.save_trained(model, config.out, config.model, tokenizer, with_tokenizer=bool(config.new_tokens))
+    metrics |= {"examples": len(train), "heldout_examples": len(held_out)}
+    stage.finish(metrics, {**trainer.details(), **details})
     trainer.clean_up()
     return config.out
 
 
-def _examples(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
+def _rates(config: FinetuneConfig, model: CausalLM) -> dict[str, float]:
+    if config.adapter != "none":
+        return adapters.learning_rates(config, adapters.RATE * (config.lr_scale or 1.0))
+    return default_rates(config, model.config, scale=config.lr_scale or 0.1)
+
+
+def read_examples(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples; those longer than a row are left out and counted."""
     train: list[Example] = []
     held_out: list[Example] = []

@@ -34,7 +34,8 @@ def target_logprobs(
         return token_logprobs(logits, targets, temperature), spread
 
     found: list[tuple[Tensor, Tensor]] = []
-    for hidden, targets in zip(hidden_nd.split(HEAD_ROWS), targets_n.split(HEAD_ROWS), strict=True):
+    pieces = zip(torch.split(hidden_nd, HEAD_ROWS), torch.split(targets_n, HEAD_ROWS), strict=True)
+    for hidden, targets in pieces:
         if torch.is_grad_enabled() and len(targets_n) > HEAD_ROWS:
             found.append(checkpoint(of_rows, hidden, targets, use_reentrant=False))
         else:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from danlu import config as configs
 from danlu import console, files, hardware
+from danlu.adapters.lora import training_flops
+from danlu.adapters.sites import n_weights
 from danlu.data.packing import Batch, RowStream
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
@@ -37,7 +39,7 @@ from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import TrainingConfig
 from danlu.training.metrics import MetricsLog, Numbers
-from danlu.training.optim import build_optimizers
+from danlu.training.optim import BETAS, build_optimizers
 from danlu.training.schedule import learning_rate_share, muon_momentum
 
 COMPILE_PAYS_AFTER_MINUTES = 4.0
@@ -121,7 +123,8 @@ class Trainer:
 
     Args:
         config: the run.
-        model: fp32 weights; they become the master weights.
+        model: fp32 weights; they become the master weights. What does not require a gradient stays as it is, and out of
+            the checkpoints.
         rows: where batches come from.
         held_out: measured now and then, or None.
         rates: peak learning rates: ``matrix_lr``, ``embed_lr``, ``head_lr``, ``norm_lr``.
@@ -130,6 +133,8 @@ class Trainer:
         loss_sum: the loss of a batch; None: next tokens of packed text.
         betas: of AdamW.
         balance_loss, router_z_loss: weights of the losses on a mixture's routers (`objectives/routing.py`).
+        step_numbers: more to log of each step, called after it.
+        stop_early: called after it too; why the run should end here, if it should. The model is then written as it is.
     """
 
     def __init__(
@@ -143,9 +148,11 @@ class Trainer:
         batch_tokens: int,
         default_epochs: float = 1.0,
         loss_sum: LossSum | None = None,
-        betas: tuple[float, float] = (0.8, 0.95),
+        betas: tuple[float, float] = BETAS,
         balance_loss: float = 0.0,
         router_z_loss: float = 0.0,
+        step_numbers: Callable[[], Numbers] | None = None,
+        stop_early: Callable[[], str | None] | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self.config, self.rows, self.held_out, self.default_epochs = config, rows, held_out, default_epochs
@@ -168,6 +175,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.loss_sum: LossSum = self._packed_nll if loss_sum is None else loss_sum
         self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
+        self.step_numbers, self.stop_early = step_numbers, stop_early
+        self.stopped_early: str | None = None
         self.nll_sum: Callable[[Tensor, Tensor], Tensor] = self._nll_sum
         self.progress = Progress()
         self.compiled = False
@@ -184,7 +193,7 @@ class Trainer:
         """
         config, out = self.config, self.config.out
         if config.steps != 0:
-            files.require_space(out, 16 * self.model.num_parameters() * (config.keep_checkpoints + 1), "checkpoints")
+            files.require_space(out, 16 * self._n_trained() * (config.keep_checkpoints + 1), "checkpoints")
             self.peak = hardware.matmul_peak(self.dtype, self.device)
             self._compile()
         plan_file = out / PLAN
@@ -193,10 +202,11 @@ class Trainer:
         else:
             self.total_steps = self._plan_steps()
             files.write_json(plan_file, {"steps": self.total_steps})
+        torch.manual_seed(config.seed)  # dropout draws from it
         self._resume()
         progress = self.progress
         heldout_every = config.heldout_every or max(1, self.total_steps // 10)
-        flops_per_token = self.model.estimate_flops(self.rows.row_len)
+        flops_per_token = training_flops(self.model, self.rows.row_len)
         found: Numbers = {}
         if self.total_steps:
             console.note(self._describe())
@@ -211,6 +221,7 @@ class Trainer:
                 begin, tokens_before = time.perf_counter(), progress.tokens
                 loss, grad_norm, lr = self._step()
                 hardware.synchronize(self.device)
+                more = {} if self.step_numbers is None else self.step_numbers()
                 seconds = time.perf_counter() - begin
                 tokens = progress.tokens - tokens_before
                 progress.step += 1
@@ -228,6 +239,7 @@ class Trainer:
                         "tokens_per_second": tokens / seconds,
                         "flops_per_second": flops_per_token * tokens / seconds,
                         "grad_norm": grad_norm,
+                        **more,
                     }
                     log.write(progress.step, {**line, **found} if measured else line)
                 rate = progress.tokens / progress.seconds
@@ -245,6 +257,10 @@ class Trainer:
                         f"stopped at step {progress.step} of {self.total_steps}; run the same command again to go on"
                     )
                     raise KeyboardInterrupt
+                if self.stop_early is not None and (reason := self.stop_early()) is not None:
+                    console.warn(f"{out}: ended at step {progress.step} of {self.total_steps}: {reason}")
+                    self.stopped_early = reason
+                    break
         return self._metrics(found, flops_per_token)
 
     def _step(self) -> tuple[float, float, float]:
@@ -335,7 +351,11 @@ class Trainer:
     def measure_held_out(self) -> Numbers:
         """The figures of the held-out rows as the model is now."""
         assert self.held_out is not None
-        return self.held_out.measure(self.loss_sum, self.micro_rows, self.device)
+        self.model.eval()  # an adapter may have dropout
+        try:
+            return self.held_out.measure(self.loss_sum, self.micro_rows, self.device)
+        finally:
+            self.model.train()
 
     def _compile(self) -> None:
         """Compile block and loss, run them once, and fall back to eager where that fails. Only for packed text: each
@@ -385,7 +405,7 @@ class Trainer:
         if config.minutes is None:
             epochs = self.default_epochs if config.epochs is None else config.epochs
             return max(1, math.ceil(epochs * self.rows.rows_per_epoch / self.rows_per_step))
-        saved = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        saved = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         position = self.rows.state()
         self.total_steps = 1_000_000
         times = []
@@ -396,7 +416,8 @@ class Trainer:
             times.append(time.perf_counter() - begin)
         with torch.no_grad():
             for name, p in self.model.named_parameters():
-                p.copy_(saved[name])
+                if name in saved:
+                    p.copy_(saved[name])
         for optimizer in self.optimizers:
             optimizer.state.clear()
         self.rows.restore(position)
@@ -444,11 +465,17 @@ class Trainer:
         # the caches.
         return 65_536 if self.device.type == "cuda" else 4_096
 
+    def _n_trained(self) -> int:
+        """Weights that are not frozen."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
     def _describe(self) -> str:
         c = self.config
         how = "compiled" if self.compiled else "eager"
+        total, trained = n_weights(self.model), self._n_trained()
+        part = "" if trained == total else f" ({trained / 1e6:.2f} M trained)"
         return (
-            f"{self.model.num_parameters() / 1e6:.2f} M weights, {self.precision} {how} on {self.device.type} "
+            f"{total / 1e6:.2f} M weights{part}, {self.precision} {how} on {self.device.type} "
             f"({torch.get_num_threads()} threads, matmul peak {self.peak / 1e9:,.0f} GFLOP/s); "
             f"{self.total_steps:,} steps of {self.rows_per_step} x {self.rows.row_len} tokens, "
             f"{'adamw' if c.optimizer == 'adamw' else 'muon'}, {c.schedule}"
@@ -462,7 +489,8 @@ class Trainer:
             "steps": p.step,
             "tokens": p.tokens,
             "skipped_steps": p.skipped,
-            "parameters": self.model.num_parameters(),
+            "parameters": n_weights(self.model),
+            "trained_parameters": self._n_trained(),
             "train_loss": statistics.fmean(recent) if recent else None,
             **held_out,
             "tokens_per_second": rate,
@@ -487,6 +515,7 @@ class Trainer:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "batch_tokens": self.rows_per_step * self.rows.row_len,
+            **({} if self.stopped_early is None else {"stopped_early": self.stopped_early}),
         }
 
 

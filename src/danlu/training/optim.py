@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.load import Model
+from danlu.models.transformer import Transformer
 
 # Polar Express (Amsel et al. 2025, arXiv:2505.16932): the best odd quintic for each step, for singular values in [1e-3,
 # 1].
@@ -26,6 +26,8 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
+BETAS = (0.8, 0.95)
+"""AdamW's, beside Muon."""
 _SAFETY = 1.01  # keeps singular values inside the interval of convergence under rounding
 
 
@@ -102,18 +104,19 @@ def build_optimizers(
     norm_lr: float,
     weight_decay: float,
     muon_dtype: torch.dtype,
-    betas: tuple[float, float] = (0.8, 0.95),
+    betas: tuple[float, float] = BETAS,
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers over all weights of the model; each group carries its peak rate and decay as ``initial_lr``,
-    ``initial_decay``. ``betas`` are AdamW's."""
-    stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoder) else [model]
-    matrices = [p for stack in stacks for p in stack.layers.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    """Optimizers over all weights of the model that are not frozen; each group carries its peak rate and decay as
+    ``initial_lr``, ``initial_decay``. ``betas`` are AdamW's."""
+    stacks = [module for module in model.modules() if isinstance(module, Transformer)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for stack in stacks for p in stack.layers.parameters() if p.ndim >= 2 and p.requires_grad]
+    vectors = [p for p in trained if p.ndim == 1]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     inner = {id(p) for p in matrices}
-    embeddings = [p for p in model.parameters() if id(p) in tables]
+    embeddings = [p for p in trained if id(p) in tables]
     # What is left are the layers behind the stack; a tied head is an embedding.
-    head = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in tables | inner]
+    head = [p for p in trained if p.ndim >= 2 and id(p) not in tables | inner]
     adam_groups = [
         {"params": embeddings, "lr": embed_lr, "weight_decay": 0.0},
         {"params": vectors, "lr": norm_lr, "weight_decay": 0.0},

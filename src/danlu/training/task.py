@@ -12,11 +12,12 @@ import torch
 from rich.table import Table
 
 from danlu import console
+from danlu.adapters import training as adapters
 from danlu.data.padded import Example, PaddedStream, batches_by_length
 from danlu.errors import MissingExtra
 from danlu.evaluation.baselines import Scores
 from danlu.formats.card import Stage
-from danlu.models.load import Model, save_model
+from danlu.models.load import Model
 from danlu.nn.config import EncoderDecoderConfig
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.config import FinetuneConfig
@@ -79,7 +80,7 @@ class HeldOutRows:
 
 
 def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokenizer], Task]) -> Path:
-    """Fine-tune all weights on labelled rows, write a model folder, and tell how good it is on held-out rows.
+    """Fine-tune on labelled rows, write a model folder (or an adapter's), and tell how good it is on held-out rows.
 
     AdamW with warm-up and linear decay; batches of rows of like length; the loss of a step is the mean over all its
     targets. Without steps, minutes or epochs, the run makes 3 passes over the data, and on few rows up to 20, until it
@@ -89,14 +90,15 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
         prepare: reads the data and opens the model.
 
     Returns:
-        The new model folder.
+        The new folder.
     """
     inputs = {"model": config.model, "data": config.data}
     if config.heldout is not None:
         inputs["heldout"] = config.heldout
     stage = Stage.open(
-        config.out, kind="model", verb="finetune", config=config, inputs=inputs, overwrite=config.overwrite
-    )
+        config.out, kind=adapters.kind_of_output(config), verb="finetune", config=config, inputs=inputs,
+        overwrite=config.overwrite,
+    )  # fmt: skip
     if stage.finished:
         console.note(f"{config.out}: already made, nothing to do")
         return config.out
@@ -104,9 +106,10 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
         torch.manual_seed(config.seed)  # a fresh head is drawn from it
         tokenizer = Tokenizer.load(config.model)
         task = prepare(config, tokenizer)
+        details = {} if config.adapter == "none" else _begin_adapter(config, task.model, tokenizer)
     batch = config.batch_size or BATCH_SIZE
     rows = PaddedStream(task.train, batch, config.seed, tokenizer.pad_id)
-    measured = _some(task.held_out, config.heldout_tokens)
+    measured = first_examples(task.held_out, config.heldout_tokens)
     trainer = Trainer(
         dataclasses.replace(config, optimizer="adamw") if config.optimizer == "auto" else config,
         task.model, rows,
@@ -120,9 +123,9 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
     metrics = trainer.run()
     task.model.eval()
     found = task.report() if task.held_out else Report()
-    save_model(task.model, config.out, tokenizer)
+    adapters.save_trained(task.model, config.out, config.model, tokenizer)
     metrics |= {"examples": len(task.train), "heldout_examples": len(task.held_out), **found.metrics}
-    stage.finish(metrics, {**trainer.details(), **found.details})
+    stage.finish(metrics, {**trainer.details(), **found.details, **details})
     trainer.clean_up()
     if task.held_out:
         show(found, len(task.held_out))
@@ -131,9 +134,17 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
     return config.out
 
 
+def _begin_adapter(config: FinetuneConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the card says of the adapter that the model is given."""
+    _, details = adapters.begin_adapter(config, model, tokenizer, seed=config.seed)
+    return {"adapter": details, **adapters.head_details(model)}
+
+
 def default_rates(config: FinetuneConfig, model: Model) -> dict[str, float]:
     """Peak learning rates: 5e-5 at the width of BERT-base (768), as Devlin et al. 2018 (arXiv:1810.04805) tried them,
-    falling with the square root of the width; a fresh head learns faster."""
+    falling with the square root of the width; a fresh head learns faster. Adapters have their own."""
+    if config.adapter != "none":
+        return adapters.learning_rates(config, adapters.RATE * (config.lr_scale or 1.0))
     shape = model.config.decoder if isinstance(model.config, EncoderDecoderConfig) else model.config
     rate = (config.lr_scale or 1.0) * 5e-5 * (shape.dim / 768) ** -0.5
     return {
@@ -144,7 +155,7 @@ def default_rates(config: FinetuneConfig, model: Model) -> dict[str, float]:
     }
 
 
-def _some(examples: Sequence[Example], tokens: int) -> list[Example]:
+def first_examples(examples: Sequence[Example], tokens: int) -> list[Example]:
     """The first examples, up to about so many tokens."""
     found: list[Example] = []
     for example in examples:

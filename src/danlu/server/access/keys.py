@@ -31,7 +31,7 @@ class Caller:
 
     Attributes:
         id: what is theirs in the database is kept under it; "local" where the server has no keys.
-        models: names they may use; None: all.
+        models: names they may use, and with a model its adapters; None: all.
     """
 
     id: str
@@ -40,8 +40,8 @@ class Caller:
     limits: Limits = field(default_factory=Limits)
 
     def may_use(self, model: str) -> bool:
-        """Whether the key holds for a model."""
-        return self.models is None or model in self.models
+        """Whether the key holds for a model, or for an adapter, ``MODEL:NAME``, by its own name or its model's."""
+        return self.models is None or model in self.models or model.rpartition(":")[0] in self.models
 
 
 LOCAL = Caller("local", "local")

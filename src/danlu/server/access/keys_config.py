@@ -23,7 +23,9 @@ class CreateKeyConfig(Limits, KeyFileConfig):
     """What `danlu keys create` takes."""
 
     name: str = option(REQUIRED, "What to call the key, in lists, logs and usage.", positional=True)
-    models: tuple[str, ...] = option((), "Models that the key may use, as a,b; none: all that are served.")
+    models: tuple[str, ...] = option(
+        (), "Models that the key may use, as a,b, each with its adapters, or an adapter alone, as a:name; none: all."
+    )
 
     def problems(self) -> list[str]:
         """A name that is none, models without a name."""

@@ -23,7 +23,7 @@ class ModelFacts(Reply):
 
     state: State
     loaded: bool
-    memory: int = Field(description="Bytes that its process holds.")
+    memory: int = Field(description="Bytes that its process holds; an adapter's is its model's.")
     kind: Kind | None = Field(
         None, description="generate: writes texts; embed: turns them into vectors; rank: compares pairs of them."
     )
@@ -44,6 +44,8 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str = Field(description="Its own name; of an adapter, that of its model.")
+    parent: str | None = Field(None, description="Of an adapter: its model.")
     danlu: ModelFacts
 
 
@@ -57,11 +59,8 @@ class ModelList(Reply):
 @router.get("/v1/models", responses=documented())
 async def list_models(request: Request) -> ModelList:
     """List the models."""
-    allowed = caller_of(request).models
-    entries = serving_of(request).models.entries.values()
-    return ModelList(
-        object="list", data=[_model(entry) for entry in entries if allowed is None or entry.name in allowed]
-    )
+    caller, entries = caller_of(request), serving_of(request).models.entries.values()
+    return ModelList(object="list", data=[_model(entry) for entry in entries if caller.may_use(entry.name)])
 
 
 @router.get("/v1/models/{model:path}", responses=documented(404))
@@ -71,10 +70,18 @@ async def retrieve_model(request: Request, model: str) -> Model:
 
 
 def _model(entry: Entry) -> Model:
-    facts: dict[str, Any] = {"state": entry.state, "loaded": entry.model is not None, "memory": entry.memory}
-    if entry.model is not None:
-        info = entry.model.info
+    state = entry.state
+    facts: dict[str, Any] = {"state": state, "loaded": state == "loaded", "memory": entry.owner.memory}
+    if (info := entry.info) is not None:
         same = ("kind", "context", "vocab_size", "dim", "chat", "thinks", "fills_middle")
         facts |= {name: getattr(info, name) for name in same}
         facts |= {"tools": info.template_has_tools, "kernels": info.kernels or None}
-    return Model(id=entry.name, object="model", created=entry.created, owned_by="danlu", danlu=ModelFacts(**facts))
+    return Model(
+        id=entry.name,
+        object="model",
+        created=entry.created,
+        owned_by="danlu",
+        root=entry.owner.name,
+        parent=None if entry.parent is None else entry.parent.name,
+        danlu=ModelFacts(**facts),
+    )

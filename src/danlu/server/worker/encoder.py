@@ -45,6 +45,8 @@ class EncoderWorker:
     def _work(self, message: dict[str, Any]) -> Any:
         tokenizer = self.model.tokenizer
         match message["op"]:
+            case "load_adapter":
+                raise DanluError(f"{message['folder']}: only models that write texts are served with adapters")
             case "embed":
                 vectors_nd, n_tokens = self.model.embed(message["inputs"], message["truncate"])
                 return {"vectors": pack_vectors(vectors_nd, message["dimensions"]), "prompt_tokens": n_tokens}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from danlu.server.protocol import (
 from danlu.server.worker.encoders import WHOLE, cosines, pack_vectors, texts_of
 from danlu.server.worker.link import Link
 from danlu.server.worker.prompts import PromptReader, known
+from danlu.tokenizer.definition import TOKENIZER
 from danlu.tokenizer.special import THINK
 from danlu.tokenizer.tokenizer import Tokenizer
 
@@ -55,10 +57,11 @@ class GeneratorWorker:
         self.engine = Engine(path, config)
         assert self.engine.tokenizer is not None
         self.tokenizer: Tokenizer = self.engine.tokenizer
-        self._prompts = PromptReader(self.tokenizer)
-        self.info = _info(name, self.engine, self._prompts)
+        self._readers: dict[str | None, PromptReader] = {None: PromptReader(self.tokenizer)}
+        self.info = _info(name, self.engine, self._readers[None])
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, "prepare")
+        self._loading = threading.Lock()  # one adapter at a time
         self._gathers: dict[str, Gather] = {}
         self._stats_at = 0.0
 
@@ -73,6 +76,7 @@ class GeneratorWorker:
             work: Callable[[dict[str, Any]], Any] = {
                 "generate": self._generate, "score": self._score, "embed": self._embed, "rank": self._rank,
                 "tokenize": self._tokenize, "detokenize": self._detokenize, "texts": self._texts,
+                "load_adapter": self._load_adapter,
             }[op]  # fmt: skip
             self._preparing.submit(self.link.answer, number, partial(work, message))
 
@@ -90,13 +94,15 @@ class GeneratorWorker:
     # ---------------------------------------------------------------------------------------------- asked
 
     def _generate(self, message: dict[str, Any]) -> None:
-        number, params = message["id"], unpack_params(message["params"])
-        prompt = unpack_prompt(message["prompt"])
+        number, params, adapter = message["id"], unpack_params(message["params"]), message.get("adapter")
+        prompt, reader = unpack_prompt(message["prompt"]), self._readers[adapter]
         is_chat = isinstance(prompt, ChatPrompt)
         which = "messages" if is_chat else "prompt"
-        self._prompts.require_near_room(prompt, which, self.info.context)
-        ids = self._prompts.ids(prompt)
-        request = self.engine.prepare(ids, params, request_id=str(number), which=which)
+        reader.require_near_room(prompt, which, self.info.context)
+        ids = reader.ids(prompt)
+        own = set(reader.tokenizer.stop_ids) - set(self.tokenizer.stop_ids)
+        params = dataclasses.replace(params, stop_ids=(*params.stop_ids, *sorted(own)))
+        request = self.engine.prepare(ids, params, request_id=str(number), adapter=adapter, which=which)
         thinking = is_chat and self.tokenizer.decode(ids[-8:]).rstrip().endswith(THINK[0])
 
         def begin() -> None:
@@ -107,11 +113,13 @@ class GeneratorWorker:
 
     def _score(self, message: dict[str, Any]) -> None:
         params = unpack_params(message["params"])
-        prompt = unpack_prompt(message["prompt"])
-        self._prompts.require_near_room(prompt, "prompt", self.info.context)
-        ids = self._prompts.ids(prompt)
-        name = f"{message['id']}/0"
-        self._gather(message["id"], [self.engine.prepare(ids, params, task="score", request_id=name, which="prompt")])
+        prompt, adapter = unpack_prompt(message["prompt"]), message.get("adapter")
+        self._readers[adapter].require_near_room(prompt, "prompt", self.info.context)
+        ids = self._readers[adapter].ids(prompt)
+        request = self.engine.prepare(
+            ids, params, task="score", request_id=f"{message['id']}/0", adapter=adapter, which="prompt"
+        )
+        self._gather(message["id"], [request])
 
     def _embed(self, message: dict[str, Any]) -> None:
         inputs = message["inputs"]
@@ -131,8 +139,14 @@ class GeneratorWorker:
         requests = []
         for number, (text, which) in enumerate(zip(inputs, whiches, strict=True)):
             ids = prompt_ids(self.tokenizer, text)[:truncate]
-            name = f"{message['id']}/{number}"
-            requests.append(self.engine.prepare(ids, task="embed", request_id=name, which=which))
+            request = self.engine.prepare(
+                ids,
+                task="embed",
+                request_id=f"{message['id']}/{number}",
+                adapter=message.get("adapter"),
+                which=which,
+            )
+            requests.append(request)
         return requests
 
     def _gather(self, number: int, requests: list[Request], embedded: Embedded | None = None) -> None:
@@ -146,13 +160,28 @@ class GeneratorWorker:
         self._inbox.put(partial(self._guarded, number, begin))
 
     def _tokenize(self, message: dict[str, Any]) -> list[int]:
-        return self._prompts.ids(unpack_prompt(message["prompt"]))
+        return self._readers[message.get("adapter")].ids(unpack_prompt(message["prompt"]))
 
     def _detokenize(self, message: dict[str, Any]) -> str:
         return self.tokenizer.decode(known(self.tokenizer, message["ids"]))
 
     def _texts(self, message: dict[str, Any]) -> list[str]:
         return [self._bytes(i).decode("latin-1") for i in known(self.tokenizer, message["ids"])]
+
+    def _load_adapter(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What the adapter is, once it is loaded. If it has a tokenizer, that one's chat template and end hold for its
+        requests; the tokens are the model's."""
+        name, folder = message["adapter"], Path(message["folder"])
+        reader = self._readers[None]
+        if (folder / TOKENIZER).is_file():
+            own = Tokenizer.load(folder).config
+            changed = {key: own[key] for key in ("chat_template", "eos_token") if own.get(key)}
+            config = {**self.tokenizer.config, **changed}
+            reader = PromptReader(Tokenizer(self.tokenizer.definition, config, folder))
+        with self._loading:
+            self.engine.load_adapter(name, folder)
+        self._readers[name] = reader
+        return dataclasses.asdict(_info(name, self.engine, reader))
 
     def _guarded(self, number: int, work: Callable[[], None]) -> None:
         try:

@@ -22,11 +22,12 @@ class PromptReader:
     """Reads prompts for one model; any thread may use it.
 
     Attributes:
+        tokenizer: the model's, or with the chat template of an adapter.
         template: source of the chat template; empty where there is none.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._longest_token = int(tokenizer.token_bytes().max())
         self.template = str(tokenizer.config.get("chat_template") or "")
 
@@ -35,7 +36,7 @@ class PromptReader:
         """The tokens by which a gap is filled, if the tokenizer has them."""
         for tokens in GAP_TOKENS:
             try:
-                if all(self._tokenizer.is_special(self._tokenizer.id_of(token)) for token in tokens):
+                if all(self.tokenizer.is_special(self.tokenizer.id_of(token)) for token in tokens):
                     return tokens
             except DanluError:
                 continue
@@ -73,25 +74,25 @@ class PromptReader:
         messages, begun = prompt.messages, ""
         if prompt.continue_last:
             messages, begun = messages[:-1], messages[-1].get("content") or ""
-        ids = self._tokenizer.encode_chat(
+        ids = self.tokenizer.encode_chat(
             messages,
             add_generation_prompt=prompt.generation_prompt,
             tools=prompt.tools,
             template_options=prompt.template_options,
         )
-        return ids + self._tokenizer.encode(begun) if begun else ids
+        return ids + self.tokenizer.encode(begun) if begun else ids
 
     def _text_ids(self, prompt: TextPrompt) -> list[int]:
         if not prompt.special_tokens:
-            return self._tokenizer.encode(prompt.text)
+            return self.tokenizer.encode(prompt.text)
         if prompt.suffix is None:
-            return prompt_ids(self._tokenizer, prompt.text)
+            return prompt_ids(self.tokenizer, prompt.text)
         tokens = self.gap_tokens
         if tokens is None:
             raise DanluError("suffix: this model's tokenizer has no tokens for filling a gap; leave it out")
-        prefix, middle, suffix = map(self._tokenizer.id_of, tokens)
-        begin = [self._tokenizer.bos_id] if self._tokenizer.add_bos else []
-        encode = self._tokenizer.encode
+        prefix, middle, suffix = map(self.tokenizer.id_of, tokens)
+        begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
+        encode = self.tokenizer.encode
         return [*begin, prefix, *encode(prompt.text), suffix, *encode(prompt.suffix), middle]
 
 

@@ -1,0 +1,1 @@
+"""Small trained updates beside a frozen model: LoRA and DoRA, in the layout of PEFT."""

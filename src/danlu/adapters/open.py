@@ -1,0 +1,134 @@
+"""An adapter folder opened as the model that it makes of its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from danlu.adapters.lora import merge
+from danlu.adapters.peft_config import TASK_TYPES, is_adapter_folder, read_peft_config
+from danlu.adapters.peft_folder import WEIGHTS, load_adapter
+from danlu.adapters.wrapper import unwrap
+from danlu.console import warn
+from danlu.errors import DanluError
+from danlu.formats.card import Card, card_if_any
+from danlu.formats.safetensors_files import SafetensorsWeights
+from danlu.models.causal_lm import CausalLM
+from danlu.models.heads import SequenceClassifier, TokenClassifier, default_labels
+from danlu.models.load import Model, load_model
+from danlu.tokenizer.definition import TOKENIZER
+from danlu.tokenizer.tokenizer import Tokenizer
+
+M = TypeVar("M", bound=Model)
+Quantize = Literal["auto", "none", "nf4"]
+
+
+def base_of(folder: str | Path) -> Path:
+    """The base model of an adapter folder: the path that it names, from here or from beside the folder.
+
+    Raises:
+        DanluError: it names none, or none that is here.
+    """
+    named = read_peft_config(folder).base
+    if named is None:
+        raise DanluError(f"{folder}: does not say what it is an adapter of; merge it: danlu merge BASE {folder} OUT")
+    for candidate in (Path(named), Path(folder).parent / named):
+        if candidate.exists():
+            return candidate
+    raise DanluError(
+        f"{folder}: its base model {named} is not here; fetch it (danlu pull) and merge: danlu merge BASE {folder} OUT"
+    )
+
+
+def trained_in(folder: str | Path) -> Literal["none", "nf4"]:
+    """How the base was kept while an adapter of ours was trained."""
+    card = card_if_any(folder)
+    adapter = card.details.get("adapter") if card is not None else None
+    return "nf4" if isinstance(adapter, dict) and adapter.get("quantize") == "nf4" else "none"
+
+
+def open_adapted(
+    folder: str | Path,
+    kind: type[M] = CausalLM,  # type: ignore[assignment]
+    *,
+    base: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    quantize: Quantize = "auto",
+    merged: bool = False,
+) -> tuple[M, Tokenizer]:
+    """The model that an adapter folder makes of its base, and its tokenizer.
+
+    Args:
+        kind: what to open the base as.
+        base: the base model; default: the one that the folder names.
+        dtype: of the base; None: as it is stored.
+        quantize: whether the base is put into NF4; auto: where the adapter was trained on it so. The adapter is the
+            update of *those* weights.
+        merged: the adapter is put into the weights, and a quantized base dequantized: a plain model, that can be saved.
+
+    Raises:
+        DanluError: the base is not here or another one, or the adapter holds something that is not supported.
+    """
+    place = base_of(folder) if base is None else base
+    _compare(folder, place)
+    model: M = load_model(place, kind, dtype=dtype, new_head=True, **_head_options(folder, kind))
+    if quantize == "nf4" or (quantize == "auto" and trained_in(folder) == "nf4"):
+        from danlu.quantization.nf4_linear import quantize_linears
+
+        quantize_linears(model)
+    load_adapter(model, folder)
+    if merged:
+        merge(model)
+        unwrap(model)
+        _dequantize(model, dtype or torch.float32)
+    tokenizer = Tokenizer.load(folder if (Path(folder) / TOKENIZER).is_file() else place)
+    model.to(device).eval()
+    return model, tokenizer
+
+
+def _dequantize(model: Model, dtype: torch.dtype) -> None:
+    """Layers in 4 bits that had no adapter."""
+    from danlu.quantization.nf4_linear import dequantize_linears
+
+    dequantize_linears(model, dtype)
+
+
+def _head_options(folder: str | Path, kind: type[Any]) -> dict[str, Any]:
+    """The labels of a classifier's head: as the card has them, else as many as the head has rows."""
+    if not issubclass(kind, SequenceClassifier | TokenClassifier):
+        return {}
+    card = card_if_any(folder)
+    head = card.details.get("head") if card is not None else None
+    if isinstance(head, dict):
+        return {key: head[key] for key in ("labels", "problem_type") if key in head}
+    infos = SafetensorsWeights(Path(folder) / WEIGHTS).infos
+    rows = [info.shape[0] for name, info in infos.items() if ".lora_" not in name and len(info.shape) == 2]
+    return {"labels": default_labels(min(rows))} if rows else {}
+
+
+def labeller_kind(folder: str | Path) -> type[SequenceClassifier] | type[TokenClassifier] | None:
+    """What an adapter folder opens as, if it labels."""
+    task = read_peft_config(folder).task_type
+    return {
+        TASK_TYPES["sequence_classification"]: SequenceClassifier,
+        TASK_TYPES["token_classification"]: TokenClassifier,
+    }.get(task or "")
+
+
+def _compare(folder: str | Path, base: Path) -> None:
+    """Whether this is the very model that the adapter was trained on, where both have cards."""
+    if is_adapter_folder(base):
+        raise DanluError(f"{base}: is an adapter itself; merge it into its base first")
+    made, here = card_if_any(folder), card_if_any(base) if base.is_dir() else None
+    if made is None or here is None:
+        return
+    then = _model_input(made)
+    if then is not None and then != here.fingerprint:
+        warn(f"{folder}: was trained on another model than the one that is now at {base}; its answers may be worse")
+
+
+def _model_input(card: Card) -> str | None:
+    return next((item.fingerprint for item in card.inputs if item.role == "model"), None)

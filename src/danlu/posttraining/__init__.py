@@ -1,0 +1,1 @@
+"""What makes a trained model better, or smaller: alignment, reward models, distillation."""
