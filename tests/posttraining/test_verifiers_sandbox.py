@@ -3,6 +3,7 @@ machine."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -22,6 +23,12 @@ RIGHT = "def f(x):\n    return x + 1\n"
 TESTS = "assert f(1) == 2\nassert f(2) == 3\nassert f(-1) == 0"
 
 
+def kernel_has_landlock() -> bool:
+    """Whether the kernel grants it at all: a container may be denied it."""
+    create_ruleset, version = 444, 1
+    return int(ctypes.CDLL(None).syscall(create_ruleset, None, ctypes.c_size_t(0), version)) >= 1
+
+
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
     made = None
@@ -29,7 +36,7 @@ def sandbox() -> Iterator[Sandbox]:
         made = Sandbox(seconds=SECONDS, memory_mib=256, processes=2)
         yield made
     except DanluError as error:
-        if made is not None or os.environ.get("CI") == "true":
+        if made is not None or (os.environ.get("CI") == "true" and kernel_has_landlock()):
             raise
         pytest.skip(str(error))
     finally:

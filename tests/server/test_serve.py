@@ -214,7 +214,8 @@ def test_localhost_is_all_of_its_addresses(watched: Watched) -> None:
 
 def test_a_log_in_json_is_json_to_the_last_line(watched: Watched) -> None:
     url = watched.server.url
-    body = {**CHAT, "stream": False, "max_tokens": 8, "messages": [{"role": "user", "content": "a wish\n"}]}
+    body = {**CHAT, "stream": False, "max_tokens": 8, "ignore_eos": True}
+    body["messages"] = [{"role": "user", "content": "a wish\n"}]
     client.post(f"{url}/v1/chat/completions", json=body, headers={"x-request-id": "wish"})
     client.get(f"{url}/%0aforged%1b", params={"key": "sekrit"}, headers={"x-request-id": "forged"})
     with socket.create_connection(("localhost", int(url.rpartition(":")[2]))) as garbage:

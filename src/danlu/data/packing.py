@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from danlu.data.epochs import EpochStream
+
 IGNORE = -100
 """Target of positions that carry no loss: padding, prompts."""
 
@@ -148,43 +150,23 @@ def pack_epoch(lengths: NDArray[np.int64], row_len: int, *, seed: int, epoch: in
     return [rows[j] for j in rng.permutation(len(rows))]
 
 
-class RowStream:
-    """Endless rows over epochs, from a position that can be saved and restored."""
+class RowStream(EpochStream[list[Piece]]):
+    """Endless rows over epochs; those of a later epoch are cut otherwise, and may be a few more or less."""
 
     def __init__(self, sequences: Sequences, row_len: int, *, seed: int, pad_id: int) -> None:
         self.sequences, self.row_len, self.seed, self.pad_id = sequences, row_len, seed, pad_id
-        self.epoch, self.row = 0, 0
-        self._rows = pack_epoch(sequences.lengths, row_len, seed=seed, epoch=0)
+        super().__init__()
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of the current epoch (later epochs are cut otherwise and differ by a few)."""
-        return len(self._rows)
-
-    def state(self) -> dict[str, int]:
-        """Where the stream is."""
-        return {"epoch": self.epoch, "row": self.row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to a saved position."""
-        if state["epoch"] != self.epoch:
-            self._rows = pack_epoch(self.sequences.lengths, self.row_len, seed=self.seed, epoch=state["epoch"])
-        self.epoch, self.row = state["epoch"], state["row"]
+    def order(self, epoch: int) -> list[list[Piece]]:
+        return pack_epoch(self.sequences.lengths, self.row_len, seed=self.seed, epoch=epoch)
 
     def next(self, n_rows: int) -> Batch:
-        """The next ``n_rows`` rows, running into the next epoch where this one ends."""
-        picked: list[list[Piece]] = []
-        while len(picked) < n_rows:
-            if self.row >= len(self._rows):
-                self.restore({"epoch": self.epoch + 1, "row": 0})
-            taken = self._rows[self.row : self.row + n_rows - len(picked)]
-            self.row += len(taken)
-            picked += taken
-        return self.assemble(picked)
+        """The next ``n_rows`` rows."""
+        return self.assemble(self.take(n_rows))
 
     def first_rows(self, n_rows: int) -> Batch:
         """The first rows in a fixed order, without moving the stream (held-out measurements)."""
-        return self.assemble(self._rows[:n_rows])
+        return self.assemble(self._order[:n_rows])
 
     def assemble(self, rows: list[list[Piece]]) -> Batch:
         """Look the tokens of these rows up."""

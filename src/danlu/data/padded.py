@@ -6,12 +6,13 @@ As in :class:`~danlu.data.packing.RowStream` everything follows from (seed, epoc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from danlu.data.epochs import EpochStream
 from danlu.data.packing import IGNORE
 
 POOL = 50
@@ -103,57 +104,27 @@ def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
     return padded.view(len(rows), width), torch.arange(width) < lengths[:, None]
 
 
-@dataclass
-class PaddedStream:
-    """Endless batches over epochs, from a position that can be saved and restored.
+class PaddedStream(EpochStream[int]):
+    """Endless batches over epochs.
 
     Args:
         batch: rows a step will take; rows are grouped by length in such batches.
     """
 
-    examples: Sequence[Example]
-    batch: int
-    seed: int
-    pad_id: int
-    epoch: int = 0
-    row: int = 0
-    _order: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._order = self._epoch_order(self.epoch)
+    def __init__(self, examples: Sequence[Example], batch: int, seed: int, pad_id: int) -> None:
+        self.examples, self.batch, self.seed, self.pad_id = examples, batch, seed, pad_id
+        super().__init__()
 
     @property
     def row_len(self) -> int:
         """Tokens of the longest row."""
         return max(map(len, self.examples))
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of an epoch."""
-        return len(self.examples)
-
-    def state(self) -> dict[str, int]:
-        """Where the stream is."""
-        return {"epoch": self.epoch, "row": self.row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to a saved position."""
-        if state["epoch"] != self.epoch:
-            self._order = self._epoch_order(state["epoch"])
-        self.epoch, self.row = state["epoch"], state["row"]
-
     def next(self, n_rows: int) -> PaddedBatch:
-        """The next rows, running into the next epoch where this one ends."""
-        picked: list[int] = []
-        while len(picked) < n_rows:
-            if self.row >= len(self._order):
-                self.restore({"epoch": self.epoch + 1, "row": 0})
-            taken = self._order[self.row : self.row + n_rows - len(picked)]
-            self.row += len(taken)
-            picked += taken
-        return collate([self.examples[i] for i in picked], self.pad_id)
+        """The next rows."""
+        return collate([self.examples[i] for i in self.take(n_rows)], self.pad_id)
 
-    def _epoch_order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> list[int]:
         """Rows in random order, sorted by length within each pool, cut into batches, the batches in random order."""
         rng = np.random.default_rng((self.seed, epoch))
         shuffled = rng.permutation(len(self.examples)).tolist()

@@ -21,6 +21,7 @@ import numpy as np
 from danlu import console
 from danlu.data.chat_rows import chat_messages
 from danlu.data.corpus import ErrorPolicy, SourceFile
+from danlu.data.epochs import EpochStream, shuffled
 from danlu.data.folder import DataFolder
 from danlu.data.labelled import Columns, objects, read_split
 from danlu.errors import DanluError
@@ -150,8 +151,8 @@ def _with_ids(prompt: Prompt, tokenizer: Tokenizer) -> Prompt:
     return Prompt(prompt.messages, prompt.row, prompt.where, prompt.text, ids)
 
 
-class PromptOrder:
-    """Endless indexes of prompts over epochs, each epoch shuffled anew, from a position that can be saved.
+class PromptOrder(EpochStream[int]):
+    """Endless indexes of prompts over epochs, each epoch shuffled anew.
 
     Args:
         difficulties: of the prompts: the first epoch goes from the easy to the hard, in tenths that are shuffled
@@ -160,22 +161,11 @@ class PromptOrder:
 
     def __init__(self, n: int, seed: int, difficulties: Sequence[float] | None = None) -> None:
         self.n, self.seed, self.difficulties = n, seed, difficulties
-        self.taken = 0
+        super().__init__()
 
-    def next(self, n: int) -> list[int]:
-        """The next indexes; within an epoch none comes twice."""
-        found: list[int] = []
-        while len(found) < n:
-            epoch, start = divmod(self.taken, self.n)
-            part = self._epoch(epoch)[start : start + n - len(found)]
-            found += part
-            self.taken += len(part)
-        return found
-
-    def _epoch(self, epoch: int) -> list[int]:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.n)
-        if epoch == 0 and self.difficulties is not None:
-            ranks = np.argsort(np.argsort(np.asarray(self.difficulties), kind="stable"), kind="stable")
-            order = order[np.argsort(ranks[order] * 10 // self.n, kind="stable")]
-        return [int(i) for i in order]
+    def order(self, epoch: int) -> list[int]:
+        found = shuffled(self.n, self.seed, epoch)
+        if epoch > 0 or self.difficulties is None:
+            return found
+        ranks = np.argsort(np.argsort(np.asarray(self.difficulties), kind="stable"), kind="stable")
+        return sorted(found, key=lambda i: int(ranks[i]) * 10 // self.n)

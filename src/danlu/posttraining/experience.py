@@ -199,11 +199,12 @@ class Experience(ABC):
     def state(self) -> dict[str, Any]:
         """Where it is, with the answers that are still to be learned from."""
         left = [[lesson.as_json() for lesson in lessons] for lessons in self._left]
-        return {"taken": self.order.taken, "draws": self.draws, "left": left, "numbers": self.numbers}
+        return {"order": self.order.state(), "draws": self.draws, "left": left, "numbers": self.numbers}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position."""
-        self.order.taken, self.draws, self.numbers = state["taken"], state["draws"], state["numbers"]
+        self.order.restore(state["order"])
+        self.draws, self.numbers = state["draws"], state["numbers"]
         self._left = [[Lesson.from_json(lesson) for lesson in lessons] for lessons in state["left"]]
 
     # ---- a draw
@@ -241,7 +242,7 @@ class Experience(ABC):
     def _draw(self, n: int) -> list[list[Judged]]:
         """Answers to the next prompts, judged."""
         options = self.options
-        prompts = [self.prompts[i] for i in self.order.next(n)]
+        prompts = [self.prompts[i] for i in self.order.take(n)]
         params = SamplingParams(
             n=options.group_size, temperature=options.temperature, max_new_tokens=options.max_new_tokens
         )

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from danlu import console
 from danlu.data.corpus import ErrorPolicy
+from danlu.data.epochs import EpochStream, shuffled
 from danlu.data.packed_examples import Example, PackedExamples, pack_examples
 from danlu.data.preferences import Messages, PreferenceRow, read_preferences
 from danlu.errors import DanluError
@@ -250,36 +250,18 @@ def batch_of(groups: Sequence[Group], pad_id: int) -> GroupBatch:
     return GroupBatch(groups, range(len(groups)), max(group.n_tokens for group in groups), pad_id)
 
 
-class GroupStream:
-    """Endless batches of groups over epochs (:class:`danlu.training.loop.Rows`), each epoch in an order that follows
-    from seed and epoch, from a position that can be saved and restored."""
+class GroupStream(EpochStream[int]):
+    """Endless batches of groups over epochs (:class:`danlu.training.loop.Rows`)."""
 
     def __init__(self, groups: Sequence[Group], *, seed: int, pad_id: int) -> None:
         self.groups, self.seed, self.pad_id = groups, seed, pad_id
         self.row_len = max(group.n_tokens for group in groups)
-        self.restore({"epoch": 0, "row": 0})
+        super().__init__()
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Groups of an epoch."""
-        return len(self.groups)
-
-    def state(self) -> dict[str, int]:
-        """Where the stream is."""
-        return {"epoch": self.epoch, "row": self.row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to a saved position."""
-        self.epoch, self.row = state["epoch"], state["row"]
-        self._order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.groups)).tolist()
+    def order(self, epoch: int) -> list[int]:
+        return shuffled(len(self.groups), self.seed, epoch)
 
     def next(self, n_rows: int) -> GroupBatch:
-        """The next groups, running into the next epoch where this one ends."""
-        picked: list[int] = []
-        while len(picked) < n_rows:
-            if self.row >= len(self._order):
-                self.restore({"epoch": self.epoch + 1, "row": 0})
-            taken = self._order[self.row : self.row + n_rows - len(picked)]
-            self.row += len(taken)
-            picked += taken
-        return GroupBatch([self.groups[i] for i in picked], picked, self.row_len, self.pad_id)
+        """The next groups."""
+        taken = self.take(n_rows)
+        return GroupBatch([self.groups[i] for i in taken], taken, self.row_len, self.pad_id)

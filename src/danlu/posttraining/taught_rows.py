@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danlu.data.epochs import EpochStream, shuffled
 from danlu.data.packed_examples import Example
 from danlu.data.packing import IGNORE, Batch, MaskedSequences, RowStream, Sequences, pack_epoch
 
@@ -50,45 +51,21 @@ class TaughtBatch:
         return TaughtBatch(self.batch.to(device), self.numbers_b, self.own)
 
 
-class TaughtRows:
-    """Endless rows of training sequences, from a position that can be saved and restored."""
+class TaughtRows(EpochStream[int]):
+    """Endless rows of training sequences, which keep their numbers: each epoch has the same ones in another order."""
 
     def __init__(self, sequences: Sequences, row_len: int, *, seed: int, pad_id: int) -> None:
         self.sequences, self.row_len, self.seed = sequences, row_len, seed
         self.stream = RowStream(sequences, row_len, seed=seed, pad_id=pad_id)
         self.rows = pack_epoch(sequences.lengths, row_len, seed=seed, epoch=0)
-        self.epoch, self.row = 0, 0
-        self._order = self._epoch_order(0)
+        super().__init__()
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of an epoch."""
-        return len(self.rows)
-
-    def state(self) -> dict[str, int]:
-        """Where the stream is."""
-        return {"epoch": self.epoch, "row": self.row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Go to a saved position."""
-        if state["epoch"] != self.epoch:
-            self._order = self._epoch_order(state["epoch"])
-        self.epoch, self.row = state["epoch"], state["row"]
-
-    def pick(self, n_rows: int) -> list[int]:
-        """The numbers of the next rows, running into the next epoch where this one ends."""
-        picked: list[int] = []
-        while len(picked) < n_rows:
-            if self.row >= len(self._order):
-                self.restore({"epoch": self.epoch + 1, "row": 0})
-            taken = self._order[self.row : self.row + n_rows - len(picked)]
-            self.row += len(taken)
-            picked += taken
-        return picked
+    def order(self, epoch: int) -> list[int]:
+        return shuffled(len(self.rows), self.seed, epoch)
 
     def next(self, n_rows: int) -> TaughtBatch:
         """The next rows."""
-        return self.batch(self.pick(n_rows))
+        return self.batch(self.take(n_rows))
 
     def batch(self, numbers: Sequence[int]) -> TaughtBatch:
         """The rows of these numbers."""
@@ -103,10 +80,6 @@ class TaughtRows:
                 if prompt := prompt_of(inputs, targets, prompt_tokens):
                     found.append(prompt)
         return found
-
-    def _epoch_order(self, epoch: int) -> list[int]:
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-        return [int(number) for number in order]
 
 
 def prompt_of(inputs: Sequence[int], targets: Sequence[int], prompt_tokens: int) -> list[int]:
@@ -166,7 +139,7 @@ class OnPolicyRows:
 
     def next(self, n_rows: int) -> TaughtBatch:
         """The next rows, as the data has them or as the student answers."""
-        numbers = self.rows.pick(n_rows)
+        numbers = self.rows.take(n_rows)
         self.step += 1
         if np.random.default_rng((self.rows.seed, self.step)).random() >= self.share:
             return self.rows.batch(numbers)

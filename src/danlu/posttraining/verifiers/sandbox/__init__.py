@@ -114,7 +114,9 @@ class Sandbox:
         Raises:
             DanluError: the attempts cannot be made.
         """
-        elsewhere = os.path.expanduser("~")
+        # Where the user can write, so that a refusal is the sandbox's. The scratch folder may hide some of them.
+        places = [os.path.expanduser("~"), "/var/tmp", "/dev/shm", "/tmp"]
+        elsewhere = [os.path.realpath(place) for place in places if os.access(place, os.W_OK | os.X_OK)]
         (reply,) = self._ask([{"kind": "probe", "elsewhere": elsewhere}])
         held = _probed(reply)
         return [Protection(name, meaning, bool(held.get(name)), name in ESSENTIAL) for name, meaning in MEANING.items()]

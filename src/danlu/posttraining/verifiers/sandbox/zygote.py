@@ -161,7 +161,8 @@ def _become_the_answer(
     os.environ.update(TMPDIR=scratch or "/", HOME=scratch or "/")
     jail.confine(seconds=job["seconds"], memory_bytes=job["memory_bytes"], readable=readable, scratch=scratch)
     if job["kind"] == "probe":
-        os.write(3, token + json.dumps(_try_all(job["elsewhere"], job["memory_bytes"])).encode())
+        seen = (p for p in job["elsewhere"] if os.path.isdir(p) and not f"{p}/".startswith(f"{scratch}/"))
+        os.write(3, token + json.dumps(_try_all(next(seen, ""), job["memory_bytes"])).encode())
         os._exit(0)
     # Nothing of ours is left where an import finds it.
     for name in ("jail", "harness", "ctypes", "_ctypes"):

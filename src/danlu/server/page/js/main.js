@@ -76,6 +76,7 @@ async function show() {
   settings.render();
   columns.follow();
   sidebar.setCurrent(conversation.id);
+  if (id && id === conversation.id && !sidebar.knows(id)) sidebar.refresh(); // it was made elsewhere
   if (conversationsDrawer.covers) conversationsDrawer.close();
   if (!window.matchMedia("(pointer: coarse)").matches) composer.focus(); // a phone's keyboard comes when it is asked for
 }

@@ -39,6 +39,11 @@ export class Sidebar {
     await this.#load([], null);
   }
 
+  /** Whether the list shows this conversation. */
+  knows(id) {
+    return this.#rows.some((row) => row.id === id);
+  }
+
   setCurrent(id) {
     this.#current = id;
     for (const link of this.list.querySelectorAll("a")) markCurrent(link, id);
