@@ -63,7 +63,8 @@ def test_the_server_says_at_once_that_it_is_alive(smollm2_server: ServerProcess)
     soak(smollm2_server.url, smollm2_server.process.pid, 2.0, seed=1)
     outcome = soak(smollm2_server.url, smollm2_server.process.pid, SECONDS)
     assert outcome.failed == {}
-    assert outcome.live_p99 < 0.05, outcome
+    # Alone on two cores it is 0.034 (`benchmarks/server.py --soak 120`); other tests may have one of them now.
+    assert outcome.live_p99 < (0.25 if "PYTEST_XDIST_WORKER" in os.environ else 0.05), outcome
 
 
 def test_the_engines_own_books_are_right(model_folder: Path, tmp_path: Path) -> None:
