@@ -32,6 +32,8 @@ socket.getaddrinfo = refuse
 STAGES = {
     "data": "data", "tokenizer": "tokenizer", "untrained": "model", "evaluate-untrained": "evaluation", "base": "model",
     "evaluate-base": "evaluation", "instructions": "data", "model": "model", "evaluate-model": "evaluation",
+    "ranked": "data", "reward": "model", "ppo": "model", "evaluate-ppo": "evaluation", "grpo": "model",
+    "evaluate-grpo": "evaluation", "student": "model", "evaluate-student": "evaluation",
 }  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     command = [
         sys.executable, "-m", "danlu", "quickstart", "--out", "quick", *corpus, "--vocab-size", "512", "--size", "1",
         "--pretrain-minutes", "0.2", "--finetune-minutes", "0.1", "--functions", "4", "--compile", "never",
+        "--ranked-prompts", "96", "--policy-steps", "2", "--student-minutes", "0.1",
     ]  # fmt: skip
     with (home / "first.txt").open("w") as output:
         first = subprocess.Popen(command, cwd=home, env=environment, stdout=output, stderr=output)
@@ -100,6 +103,7 @@ def test_every_stage_has_left_its_folder(run: Run) -> None:
     assert cards["evaluate-base"].metrics["bits_per_byte"] < cards["evaluate-untrained"].metrics["bits_per_byte"]
     assert cards["untrained"].metrics["steps"] == 0
     assert cards["model"].inputs[0].fingerprint == cards["base"].fingerprint
+    assert cards["student"].metrics["smaller_by"] > 0.5
 
 
 def test_what_was_finished_before_the_kill_was_not_done_again(run: Run) -> None:
@@ -113,7 +117,7 @@ def test_nothing_reached_for_the_network(run: Run) -> None:
 
 
 def test_closing_words_name_what_was_made_and_work_as_typed(run: Run) -> None:
-    assert "quick/model\n" in run.stdout
+    assert "quick/grpo\n" in run.stdout
     assert "quick/report.html" in run.stdout
     assert re.search(r"time: .* s; peak memory: [\d.]+ [MG]B", run.stdout)
     typed = [shlex.split(line) for line in run.stdout.splitlines() if line.startswith("  danlu ")]
@@ -127,7 +131,14 @@ def test_figures_in_the_report_are_those_of_the_cards(run: Run) -> None:
     page = (run.folder / "report.html").read_text()
     text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page)).split())
     cards = run.cards()
-    for name in ("evaluate-untrained", "evaluate-base", "evaluate-model"):
+    for name in (
+        "evaluate-untrained",
+        "evaluate-base",
+        "evaluate-model",
+        "evaluate-ppo",
+        "evaluate-grpo",
+        "evaluate-student",
+    ):
         metrics = cards[name].metrics
         assert f"{metrics['bits_per_byte']:.4f}" in text
         assert f"{100 * metrics['parse_rate']:.1f} %" in text

@@ -57,6 +57,8 @@ if TYPE_CHECKING:  # what __getattr__ below hands out, spelled out for type chec
     from danlu.posttraining.distil import distil as distil
     from danlu.posttraining.distil_config import DistilConfig as DistilConfig
     from danlu.posttraining.reward import reward as reward
+    from danlu.posttraining.synth.config import SynthConfig as SynthConfig
+    from danlu.posttraining.synth.synth import synth as synth
     from danlu.recipe.config import QuickstartConfig as QuickstartConfig
     from danlu.recipe.config import RunConfig as RunConfig
     from danlu.recipe.quickstart import quickstart as quickstart

@@ -14,6 +14,7 @@ from adapter_models import opened_by_peft
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crashes import crash
 from danlu.adapters.config import AdapterOptions
 from danlu.adapters.diff import adapters_diff
 from danlu.adapters.merge_verb import merge_adapter
@@ -38,7 +39,6 @@ from danlu.tokenizer.train import train_on
 from danlu.training import checkpoint
 from danlu.training.config import FinetuneConfig
 from danlu.training.finetune import finetune
-from danlu.training.loop import Trainer
 from danlu.training.metrics import read_metrics
 
 
@@ -110,22 +110,10 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"quantize": "nf4", "adapter": "dora"}])
-def test_resume_is_exact_and_checkpoints_hold_the_adapter_alone(
-    config: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def test_resume_is_exact_and_checkpoints_hold_the_adapter_alone(config: Any, options: dict[str, Any]) -> None:
     straight, broken = config("straight", **options), config("broken", checkpoint_every=5, **options)
     finetune(straight)
-    step = Trainer._step
-
-    def crash(self: Trainer) -> tuple[float, float, float]:
-        if self.progress.step == 7:
-            raise RuntimeError("crash")
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", crash)
-        with pytest.raises(RuntimeError, match="crash"):
-            finetune(broken)
+    crash(lambda: finetune(broken), at_step=7)
     saved = load_file(checkpoint.list_checkpoints(broken.out)[-1] / "state.safetensors")
     assert all(".adapters." in name for name in saved if name.startswith("model."))
     finetune(broken)

@@ -336,3 +336,24 @@ def test_frozen_weights_cost_two_thirds(folder: Callable[[str], Path]) -> None:
     attach(packed, AdapterShape(rank=2))
     assert training_flops(packed, 64) == training_flops(model, 64)
     assert n_weights(packed) == n_weights(load_model(folder("llama")))
+
+
+def test_no_model_folder_is_written_of_what_has_adapters_or_is_quantized(
+    folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = load_model(folder("llama"))
+    quantize_linears(model)
+    with pytest.raises(DanluError, match=r"layers\.0\.attention\.q_proj: is a NF4Linear.*dequantize"):
+        save_model(model, tmp_path / "out")
+    dequantize_linears(model)
+    attach(model, AdapterShape(rank=2))
+    randomize(model)
+    expected = logits(model)
+    for _ in range(2):
+        with pytest.raises(DanluError, match=r"adapter.*save_adapter.*lora\.merge, then wrapper\.unwrap"):
+            save_model(model, tmp_path / "out")
+        merge(model)
+    assert not (tmp_path / "out").exists()
+    unwrap(model)
+    save_model(model, tmp_path / "out")
+    assert_close(logits(load_model(tmp_path / "out")), expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from adapter_models import FAMILIES, assert_close, opened_by_peft, peft_model, random_ids, randomize, save_random
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from danlu.adapters.config import AdapterShape
@@ -19,6 +19,8 @@ from danlu.adapters.lora import attach, merge
 from danlu.adapters.peft_folder import load_adapter, save_adapter
 from danlu.adapters.token_rows import enlarge
 from danlu.adapters.wrapper import disabled
+from danlu.engine.adapters import read_updates
+from danlu.errors import DanluError
 from danlu.models.heads import SequenceClassifier
 from danlu.models.load import load_model
 
@@ -147,3 +149,25 @@ def test_the_head_of_a_classifier_comes_along(tmp_path: Path, family: str) -> No
         save_adapter(model, tmp_path / "ours", folder)
         theirs = opened_by_peft(folder, tmp_path / "ours", auto)
         assert_close(theirs(ids).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama, tied", "gpt2"])
+def test_the_heads_own_weight_beside_its_update_is_compared(base: Base, tmp_path: Path, family: str) -> None:
+    inner = "c_attn" if family == "gpt2" else "q_proj"
+    reference = peft_model(base(family), target_modules=[inner, "lm_head"])
+    reference.save_pretrained(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors, key = load_file(weights), "base_model.model.lm_head.base_layer.weight"
+    assert key in tensors
+    ids, model = random_ids(2, 12), load_model(base(family))
+    with torch.no_grad():
+        load_adapter(model, tmp_path / "theirs")
+        assert_close(model(ids), reference(ids).logits)
+    save_file({**tensors, key: tensors[key].bfloat16()}, weights)  # trained in another precision
+    load_adapter(load_model(base(family)), tmp_path / "theirs")
+    with pytest.raises(DanluError, match=r"holds the head's own weights.*danlu merge"):
+        read_updates(tmp_path / "theirs", model.config, model.hf_config)
+    for other in (tensors[key] * 1.01, tensors[key][:-1]):
+        save_file({**tensors, key: other.contiguous()}, weights)
+        with pytest.raises(DanluError, match=r"lm_head\.base_layer\.weight is not what this base model has"):
+            load_adapter(load_model(base(family)), tmp_path / "theirs")

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from danlu.models.causal_lm import CausalLM
@@ -17,7 +16,6 @@ from danlu.posttraining.distil_config import DistilConfig
 from danlu.tokenizer.train import train_on
 from danlu.training.config import FinetuneConfig
 from danlu.training.finetune import finetune
-from danlu.training.loop import Trainer
 
 WORDS = ("red", "blue", "stone", "water", "salt", "iron", "fire", "smoke", "ash", "gold")
 SHAPE: dict[str, Any] = {
@@ -75,18 +73,6 @@ def config(teacher: Path, data: Path, out: Path, **changes: Any) -> DistilConfig
         "heldout_share": 0.5, "keep_layers": 2, **QUIET,
     }  # fmt: skip
     return DistilConfig(**{**values, **changes})
-
-
-def crash_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    """Have the next run end as if it were killed."""
-    real = Trainer._step
-
-    def crash(self: Trainer) -> tuple[float, float, float]:
-        if self.progress.step == step:
-            raise RuntimeError("crash")
-        return real(self)
-
-    patch.setattr(Trainer, "_step", crash)
 
 
 def same_weights(a: Path, b: Path) -> bool:

@@ -17,8 +17,10 @@ from preference_rows import pairs, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from crashes import crash
 from danlu.adapters.config import AdapterShape
 from danlu.adapters.lora import attach
+from danlu.adapters.open import open_adapted
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
 from danlu.models.load import load_model, save_model
@@ -29,7 +31,6 @@ from danlu.posttraining.judged import StepLoss
 from danlu.posttraining.preferences import Group, GroupBatch, batch_of, read_groups
 from danlu.posttraining.reference import StoredReference, compute_logps
 from danlu.tokenizer.tokenizer import Tokenizer
-from danlu.training.loop import Trainer
 from danlu.training.metrics import read_metrics
 
 Make = Callable[..., AlignConfig]
@@ -199,19 +200,13 @@ def test_the_model_without_its_adapter_is_the_reference_that_was_computed_before
     assert Card.load(before).metrics["heldout_kl"] > 0
 
 
-def crash(config: AlignConfig, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    """Leave a run with its checkpoints."""
-    step = Trainer._step
-
-    def broken(self: Trainer) -> tuple[float, float, float]:
-        if self.progress.step == at_step:
-            raise RuntimeError("crash")
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", broken)
-        with pytest.raises(RuntimeError, match="crash"):
-            align(config)
+def test_new_tokens_are_read_as_such_and_learned(make: Make, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i}", "chosen": f"<call>{i}", "rejected": f"no {i}"} for i in range(20)]
+    data = write(tmp_path / "calls.jsonl", rows)
+    out = align(make(data=data, adapter="lora", new_tokens=("<call>",), lr_scale=20, steps=3))
+    before, (model, tokenizer) = load_model(make().model), open_adapted(out, merged=True)
+    row = model.embed.weight[tokenizer.id_of("<call>")]
+    assert (row - before.embed.weight.mean(dim=0)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": "kto"}, {"adapter": "lora", "dropout": 0.2, "precompute": "never"}])
@@ -220,7 +215,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     straight, broken = (make(name, steps=9, checkpoint_every=2, **changes) for name in ("straight", "broken"))
     align(straight)
-    crash(broken, monkeypatch, at_step=7)
+    crash(lambda: align(broken), at_step=7)
     if "precompute" not in changes:  # what was computed before the first step is not computed again
         assert (broken.out / "checkpoints" / "reference.safetensors").exists()
         monkeypatch.setattr("danlu.posttraining.dpo.compute_logps", None)
@@ -250,12 +245,10 @@ def test_killed_runs_end_with_the_same_bits(make: Make) -> None:
     assert weights(killed.out) == weights(straight.out)
 
 
-def test_a_damaged_reference_is_computed_again(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_reference_is_computed_again(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     straight, broken = (make(name, steps=4, checkpoint_every=2) for name in ("straight", "broken"))
     align(straight)
-    crash(broken, monkeypatch, at_step=3)
+    crash(lambda: align(broken), at_step=3)
     stored = broken.out / "checkpoints" / "reference.safetensors"
     stored.write_bytes(stored.read_bytes()[:50])
     align(broken)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distil_folders import SHAPE, config, crash_at, same_weights, sentences, teacher_folder, untrained_folder, write
+from distil_folders import SHAPE, config, same_weights, sentences, teacher_folder, untrained_folder, write
 from torch import Tensor
 
+from crashes import crash
 from danlu.data.build import build_data
 from danlu.data.config import DataConfig
 from danlu.data.packing import IGNORE
@@ -38,7 +39,6 @@ from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.metrics import read_metrics
 
 Make = Callable[..., DistilConfig]
-KILLED = pytest.raises(RuntimeError, match="crash")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def lesson_of(given: DistilConfig, **changes: Any) -> tuple[Lesson, TaughtRows]:
 
 def test_a_student_learns_more_from_its_teacher_than_alone(make: Make) -> None:
     """On as much data for as many steps; and the card tells what both are."""
-    out = distil(make(keep_layers=None, size=2, dim=32, steps=40, control=True))
+    out = distil(make(keep_layers=None, size=2, dim=32, init="random", steps=40, control=True))
     card = Card.load(out)
     found = card.metrics
     bits, teacher, alone = (
@@ -113,6 +113,8 @@ def test_losses_are_those_of_their_formulas(make: Make) -> None:
         assert nll_sum(lesson.student, batch).item() == pytest.approx(nll.item(), rel=1e-5)
         own = TaughtBatch(batch, taught.numbers_b, own=True)
         assert lesson(own).item() == pytest.approx(kl.item(), rel=1e-4)  # what it wrote itself is no example
+        alone = dataclasses.replace(lesson, hard_share=1.0, teacher=None)  # nobody asks a teacher that has no say
+        assert alone(taught).item() == pytest.approx(nll.item(), rel=1e-5)
         jensen, _ = lesson_of(make(divergence="jsd"))
         assert 0 < jensen(taught).item() < math.log(2) * batch.n_targets
 
@@ -146,15 +148,11 @@ def test_logits_in_parts_and_micro_batches_change_nothing(make: Make, monkeypatc
     [{}, {"teacher_top_k": 8}, {"on_policy": 0.5, "answer_tokens": 8}, {"hidden_weight": 1.0, "dim": 16, "size": 2}],
     ids=["live", "cached", "on policy", "hidden states"],
 )
-def test_a_killed_run_ends_with_the_same_weights(
-    changes: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_ends_with_the_same_weights(changes: dict[str, Any], make: Make) -> None:
     more = {"keep_layers": None} if "size" in changes else {}
     straight, broken = (make(name, steps=6, checkpoint_every=2, **changes, **more) for name in ("straight", "broken"))
     distil(straight)
-    with monkeypatch.context() as patch, KILLED:
-        crash_at(5, patch)
-        distil(broken)
+    crash(lambda: distil(broken), at_step=5)
     distil(broken)
     assert same_weights(straight.out, broken.out)
 
@@ -329,16 +327,12 @@ def test_the_teacher_writes_what_the_student_is_tuned_on(make: Make, teacher: Pa
 
 def test_answers_that_are_there_are_not_written_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     given = make(method="sequence", answer_tokens=4, steps=4)
-    with monkeypatch.context() as patch, KILLED:
-        crash_at(2, patch)
-        distil(given)
+    crash(lambda: distil(given), at_step=2)
     with monkeypatch.context() as patch:
         patch.setattr("danlu.posttraining.answers.Engine", None)
         distil(given)
     broken = make("broken", method="sequence", answer_tokens=4, steps=4)
-    with monkeypatch.context() as patch, KILLED:
-        crash_at(2, patch)
-        distil(broken)
+    crash(lambda: distil(broken), at_step=2)
     (broken.out / "answers-00000.jsonl").write_text("{}\n")
     with pytest.raises(DanluError, match=r"answers-00000.jsonl:1: is not what was written"):
         distil(broken)

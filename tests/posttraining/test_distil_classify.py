@@ -11,18 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from distil_folders import QUIET, crash_at, same_weights
+from distil_folders import QUIET, same_weights
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
+from crashes import crash
 from danlu.data.padded import Example, collate
 from danlu.errors import DanluError
 from danlu.formats.card import Card
 from danlu.models.heads import SequenceClassifier
 from danlu.models.load import load_model
 from danlu.posttraining.distil import distil
-from danlu.posttraining.distil_classify import LabelLesson, share_above_chance
+from danlu.posttraining.distil_classify import LabelLesson, _as_long, share_above_chance
 from danlu.posttraining.distil_config import DistilConfig
 from danlu.posttraining.layer_matching import LayerMatching
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -168,6 +169,51 @@ def test_losses_are_those_of_their_formulas(teacher: Path, folder: Path) -> None
     assert number(batch).item() == pytest.approx(squares.sum().item(), rel=1e-4)
 
 
+def test_rows_without_a_label_have_the_divergence_alone(teacher: Path) -> None:
+    student, other = (load_model(path, SequenceClassifier) for path in (teacher, teacher))
+    with torch.no_grad():
+        student.head.weight.add_(0.3 * torch.randn_like(student.head.weight))
+    tokenizer = Tokenizer.load(teacher)
+    examples = [Example(tokenizer.encode_for_encoder(row["text"])[0], at) for at, row in enumerate(rows(6, 3))]
+    batch = collate(examples, tokenizer.pad_id)
+    with torch.no_grad():
+        theirs = other(batch.ids, batch.real, batch.types)
+        labels = torch.tensor([0, 1, 2, 0, 1, 2])
+        known = LabelLesson("single", student, other, labels, theirs, 0.25, 2.0)
+        some = dataclasses.replace(known, labels=labels[:4])
+
+        def loss(lesson: LabelLesson, which: slice, **changes: Any) -> float:
+            return dataclasses.replace(lesson, **changes)(collate(examples[which], tokenizer.pad_id)).item()
+
+        expected = loss(known, slice(0, 4)) + loss(known, slice(4, 6), hard_share=0.0)
+        assert some(batch).item() == pytest.approx(expected, rel=1e-4)
+        assert some.hard_loss(batch).item() == pytest.approx(loss(known, slice(0, 4), hard_share=1.0), rel=1e-4)
+        assert loss(some, slice(4, 6)) == pytest.approx(loss(known, slice(4, 6), hard_share=0.0), rel=1e-4)
+        assert loss(some, slice(0, 4)) == pytest.approx(loss(known, slice(0, 4)), rel=1e-4)
+
+
+def test_texts_without_labels_are_learned_from_and_held_out_ones_are_not(make: Make, tmp_path: Path) -> None:
+    """The student without the teacher has only the labels, for as many steps."""
+    labelled, kept = rows(8, 1), rows(6, 2)
+    new = [{"text": f"{row['text']} {at}"} for at, row in enumerate(rows(40, 3))]
+    heldout = write(tmp_path / "kept.jsonl", kept)
+    texts = write(tmp_path / "texts.jsonl", [*new, {"text": kept[0]["text"], "label": 5}])
+    given = make(
+        "more", labelled, heldout=heldout, heldout_share=None, unlabelled=texts, steps=None, epochs=2.0, control=True,
+        batch_size=8,
+    )  # fmt: skip
+    card = Card.load(distil(given))
+    found = card.metrics
+    assert (found["examples"], found["unlabelled_examples"], found["heldout_examples"]) == (8, 40, 6)
+    assert found["steps"] == 12  # twice all 48 rows
+    assert _as_long(given, 8, 40).steps == 12
+    assert _as_long(given, 8, 0) == given
+    assert [item.role for item in card.inputs] == ["teacher", "data", "heldout", "unlabelled"]
+    empty = write(tmp_path / "empty.jsonl", [{"words": "a"}])
+    with pytest.raises(DanluError, match=r"empty.jsonl:1: has no column 'text'"):
+        distil(make("none", labelled, unlabelled=empty))
+
+
 def test_layers_are_compared_over_what_is_no_padding(teacher: Path) -> None:
     """The loss of a row does not depend on how far it is padded; of oneself it is 0."""
     model, other = load_model(teacher, SequenceClassifier), load_model(teacher, SequenceClassifier)
@@ -196,15 +242,10 @@ def test_layers_are_compared_over_what_is_no_padding(teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_weight": 1.0, "attention_weight": 0.1}], ids=["labels", "layers"])
-def test_a_killed_run_ends_with_the_same_weights(
-    changes: dict[str, Any], make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_ends_with_the_same_weights(changes: dict[str, Any], make: Make) -> None:
     straight, broken = (make(name, steps=6, checkpoint_every=2, **changes) for name in ("straight", "broken"))
     distil(straight)
-    with monkeypatch.context() as patch:
-        crash_at(5, patch)
-        with pytest.raises(RuntimeError, match="crash"):
-            distil(broken)
+    crash(lambda: distil(broken), at_step=5)
     distil(broken)
     assert same_weights(straight.out, broken.out)
 

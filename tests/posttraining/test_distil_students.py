@@ -23,7 +23,6 @@ from danlu.models.transformer import Transformer
 from danlu.posttraining.distil import distil
 from danlu.posttraining.students import (
     new_student,
-    principal_directions,
     require_same_tokens,
     spaced_layers,
     with_layers,
@@ -116,28 +115,15 @@ def test_a_new_student_keeps_the_proportions(family: str, tmp_path: Path) -> Non
         torch.testing.assert_close(student(IDS), reference(IDS).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_what_fits_of_the_teacher_is_taken_over(tmp_path: Path) -> None:
+def test_random_students_have_nothing_of_the_teacher(tmp_path: Path) -> None:
     teacher = load_model(folder_of(tmp_path / "teacher", "LlamaConfig"))
-    student = new_student(teacher, size=2, dim=32, ffn_dim=24, seed=3)
-    assert torch.equal(student.embed.weight, teacher.embed.weight)
-    assert torch.equal(student.head.weight, teacher.head.weight)
-    assert not torch.equal(student.layers[0].attention.q_proj.weight, teacher.layers[0].attention.q_proj.weight)
-    other = new_student(teacher, size=2, dim=32, ffn_dim=24, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters(), strict=True))
-    assert len({id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}) == 0
-
-
-def test_a_narrower_student_begins_with_the_best_projection_of_the_embedding(tmp_path: Path) -> None:
-    """No k numbers a row keep more of a table than its k largest singular values do."""
-    teacher = load_model(_bert(tmp_path / "bert"), SequenceClassifier)
-    student = new_student(teacher, size=2, dim=16, n_heads=2)
-    table = teacher.embed.weight
-    directions = principal_directions(table, 16)
-    torch.testing.assert_close(directions.T @ directions, torch.eye(16), atol=1e-5, rtol=0)
-    lost = (table - table @ directions @ directions.T).square().sum()
-    torch.testing.assert_close(lost, torch.linalg.svdvals(table)[16:].square().sum())
-    for name in ("embed", "embed_positions", "embed_types"):
-        assert torch.equal(getattr(student, name).weight, getattr(teacher, name).weight @ directions)
+    student, again, other = (new_student(teacher, size=4, init="random", seed=seed) for seed in (3, 3, 4))
+    drawn = {name: weight for name, weight in student.named_parameters() if "norm" not in name}
+    assert not any(torch.equal(weight, teacher.get_parameter(name)) for name, weight in drawn.items())
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(student.embed.weight, other.embed.weight)
+    wider = new_student(teacher, dim=512, n_heads=4, n_kv_heads=2)  # of which the teacher could give only parts
+    assert wider.embed.weight.shape == (300, 512)
 
 
 def test_impossible_students_are_refused(tmp_path: Path) -> None:
@@ -200,6 +186,8 @@ def test_ids_that_mean_something_else_are_refused(tmp_path: Path) -> None:
         ({"method": "sequence", "temperature": 2.0}, "temperature is for method=logits"),
         ({"label_names": ("a",)}, "label_names is for task=classify, not causal"),
         ({"task": "classify", "on_policy": 0.5, "batch_tokens": 0}, "on_policy is for task=causal, not classify"),
+        ({"init": "random"}, "init is for a new student"),
+        ({"unlabelled": Path("texts.csv")}, "unlabelled is for task=classify, not causal"),
         ({"hidden_loss": "cosine"}, "no layers are compared"),
         ({"attention_weight": 1.0, "gradient_checkpointing": True}, "gradient_checkpointing keeps no hidden states"),
     ],

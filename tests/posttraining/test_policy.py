@@ -77,6 +77,8 @@ def test_a_killed_run_ends_with_the_same_bits(config: AlignConfig) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     rewards = [[line["reward"] for line in read_metrics(out / "metrics.jsonl")] for out in (straight, killed.out)]
     assert rewards[0] == rewards[1]
+    samples = [(out / "samples.jsonl").read_text() for out in (straight, killed.out)]
+    assert samples[0] == samples[1]
 
 
 def test_what_cannot_be_is_said_at_once(config: AlignConfig) -> None:

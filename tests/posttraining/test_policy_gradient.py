@@ -18,9 +18,9 @@ from danlu.models.load import load_model
 from danlu.posttraining.config import AlignConfig
 from danlu.posttraining.experience import Experience, Lesson
 from danlu.posttraining.grpo import GroupExperience
-from danlu.posttraining.heldout_answers import RewardWatch
 from danlu.posttraining.policy_loss import PolicyLoss
 from danlu.posttraining.ppo import ActorCritic, CriticExperience
+from danlu.posttraining.reward_watch import RewardWatch
 from danlu.posttraining.rollouts import RolloutEngine
 from danlu.posttraining.verifiers import Judgement, Sample
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -192,3 +192,13 @@ def test_a_gamed_reward_is_suspected() -> None:
     assert watch.suspicion is None  # it did not gain by it
     watch.observe([0.9, 0.95] * 20, [0.3, 0.4] * 20)
     assert watch.suspicion is not None
+
+
+def test_what_the_watch_has_seen_is_saved_with_the_position(make: Any) -> None:
+    (rows, _), (other, _) = make(), make()
+    rows.watch, other.watch = RewardWatch(), RewardWatch()
+    rows.watch.observe([0.1, 0.2] * 20, [0.8, 0.9] * 20)
+    other.restore(json.loads(json.dumps(rows.state())))
+    for watch in (rows.watch, other.watch):
+        watch.observe([0.9, 0.95] * 20, [0.3, 0.4] * 20)
+    assert rows.watch.suspicion == other.watch.suspicion is not None

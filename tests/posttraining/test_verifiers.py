@@ -348,3 +348,11 @@ def test_torch_is_not_needed_for_rules() -> None:
         "  v.judge([Sample('', '1', {'answer': 1})])\nprint('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_rouge_l_is_the_share_in_common_with_the_field() -> None:
+    assert judge_one("rouge-l", "<think>hm</think>the cat sat", {"answer": "the cat sat down"}).score == pytest.approx(
+        6 / 7
+    )
+    assert judge_one("rouge-l=reply", "a b", {"reply": "c d"}).score == 0
+    assert judge_one("rouge-l", "a b", {}).score is None

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -17,53 +16,11 @@ from danlu.formats.card import Card
 from danlu.report.build import build_report
 from danlu.report.config import ReportConfig
 from danlu.report.lineage import find_evaluations, read_lineage
-
-
-class Page(HTMLParser):
-    """Elements, attributes and text of a page, as a browser would take them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.styles = ""
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.elements and self.elements[-1][0] == "style":
-            self.styles += data
-        else:
-            self.text += data
-
-    @property
-    def tags(self) -> set[str]:
-        return {tag for tag, _ in self.elements}
+from report_page import Page, assert_self_contained
 
 
 def page_of(life: Path, **options: object) -> Page:
     return Page(build_report(ReportConfig(model=life / "chat", **options)).read_text())  # type: ignore[arg-type]
-
-
-def assert_self_contained(page: Page) -> None:
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "img", "image", "style/"}
-    for tag, attributes in page.elements:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
-                assert value is not None
-                assert value.startswith("#"), (tag, name, value)
-            if name == "style" and "url(" in (value or ""):
-                assert "url(#" in (value or "")
-    assert "@import" not in page.styles
-    assert "url(" not in page.styles
-    assert "@font-face" not in page.styles
-    policies = [
-        a["content"] for t, a in page.elements if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
-    ]
-    assert policies == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
 
 
 def test_nothing_is_loaded_from_elsewhere(life: Path) -> None:
@@ -94,9 +51,9 @@ def test_bars_are_as_long_as_their_numbers(life: Path) -> None:
 
 
 def test_stages_stand_in_the_order_they_were_made(life: Path) -> None:
-    evaluations = find_evaluations(life / "chat", read_lineage(life / "chat"))
+    evaluations = find_evaluations([life / "chat"], read_lineage(life / "chat"))
     assert [e.label for e in evaluations] == ["untrained", "pre-trained", "fine-tuned"]
-    base = find_evaluations(life / "base", read_lineage(life / "base"))
+    base = find_evaluations([life / "base"], read_lineage(life / "base"))
     assert [e.label for e in base] == ["untrained", "pre-trained"], (
         "what was made later is no part of a model's own story"
     )
@@ -159,7 +116,7 @@ def test_of_two_evaluations_of_one_model_the_newest_counts(life: Path) -> None:
     text = page_of(life).text
     assert "1.0501" in text
     assert text.count("pre-trained") == page_of(life).text.count("pre-trained")
-    assert [e.label for e in find_evaluations(life / "chat", read_lineage(life / "chat"))].count("pre-trained") == 1
+    assert [e.label for e in find_evaluations([life / "chat"], read_lineage(life / "chat"))].count("pre-trained") == 1
 
 
 def test_stages_measured_on_different_texts_are_marked(life: Path) -> None:

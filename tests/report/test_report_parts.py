@@ -19,6 +19,7 @@ from danlu.report import numbers
 from danlu.report.config import ReportConfig
 from danlu.report.figures import draw_curves, short, thin
 from danlu.report.graph import BOX_HEIGHT, BOX_WIDTH, Node, draw_graph, layers_of
+from danlu.report.trainings import TEXT
 from danlu.training.config import FinetuneConfig, PretrainConfig
 from danlu.verbs import Verb
 
@@ -65,16 +66,16 @@ def test_edges_that_skip_layers_go_around_the_boxes_between() -> None:
 def test_curves_take_their_colours_from_the_page() -> None:
     rows = [{"step": i, "loss": 3 - i / 100, "lr": 1e-4 * i, "tokens_per_second": 9000.0} for i in range(1, 80)]
     rows[10]["loss"] = float("nan")
-    curves = draw_curves([*rows, {"seconds": 3.0}])
+    curves = draw_curves([*rows, {"seconds": 3.0}], TEXT)
     assert [curve.title for curve in curves] == ["Training loss", "Learning rate", "Throughput"]
-    assert curves[0].note == "last 2.210 nats per token"
+    assert curves[0].notes == ["last 2.210 nats per token"]
     for curve in curves:
         svg = str(curve.svg)
         assert "var(--accent)" in svg
         assert not re.search(r"#[0-9a-f]{6}\b", svg), "no fixed colour"
         assert not re.search(r"<style|<script|<metadata|xmlns|DOCTYPE|font-family|nan", svg)
         assert len(svg) < 30_000
-    assert draw_curves([]) == []
+    assert draw_curves([], TEXT) == []
 
 
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), min_size=1, max_size=400), st.integers(2, 50))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from crashes import crash
 from danlu.data.packing import IGNORE, MaskedSequences, RowStream
 from danlu.errors import DanluError
 from danlu.formats.card import Card
@@ -20,7 +21,6 @@ from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import FinetuneConfig
 from danlu.training.finetune import finetune, read_examples
-from danlu.training.loop import Trainer
 from danlu.training.metrics import read_metrics
 from danlu.training.pretrain import pretrain
 
@@ -129,21 +129,11 @@ def test_first_loss_is_the_mean_over_answer_tokens(make: Callable[..., FinetuneC
     assert read_metrics(out / "metrics.jsonl")[0]["loss"] == pytest.approx(total / count, abs=1e-4)
 
 
-def test_resume_is_exact_across_epochs(make: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_exact_across_epochs(make: Callable[..., FinetuneConfig]) -> None:
     straight = make(rows(), "straight", steps=30)
     broken = make(rows(), "broken", steps=30, data=straight.data, checkpoint_every=7)
     finetune(straight)
-    step = Trainer._step
-
-    def crash(self: Trainer) -> tuple[float, float, float]:
-        if self.progress.step == 17:
-            raise RuntimeError("crash")
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", crash)
-        with pytest.raises(RuntimeError, match="crash"):
-            finetune(broken)
+    crash(lambda: finetune(broken), at_step=17)
     assert checkpoint.list_checkpoints(broken.out)[-1].name == "step-00000014"
     finetune(broken)
     a, b = (load_file(config.out / "model.safetensors") for config in (straight, broken))

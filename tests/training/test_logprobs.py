@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from danlu.adapters import lora
+from danlu.adapters.config import AdapterShape
 from danlu.data.packed_examples import Example, pack_examples
+from danlu.data.packing import IGNORE
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope
+from danlu.objectives.causal_lm import next_token_nll_sum
 from danlu.training import logprobs
-from danlu.training.logprobs import target_logprobs
+from danlu.training.logprobs import nll_sum, target_logprobs
 
 EXAMPLES: list[Example] = [
     ([5, 6, 7, 8, 9], [False, False, True, True, True]),
@@ -63,3 +67,37 @@ def test_gradients_are_those_of_each_alone_whatever_is_made_at_once(
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [None, AdapterShape(targets=("lm_head",)), AdapterShape(token_ids=(3, 39))])
+@pytest.mark.parametrize("n_targets", [0, 1, 13])
+def test_head_and_loss_at_the_targets_alone(
+    model: CausalLM, adapter: AdapterShape | None, n_targets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the head is made of, and however few rows of it at a time."""
+    if adapter is not None:
+        lora.attach(model, adapter)
+        for name, parameter in model.named_parameters():
+            if ".adapters." in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    monkeypatch.setattr(logprobs, "HEAD_ROWS", 4)
+    monkeypatch.setattr(logprobs, "CPU_LOGITS", 4 * 40)
+    ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    targets = torch.full((2, 12), IGNORE)
+    targets.flatten()[torch.randperm(24)[:n_targets]] = torch.randint(0, 40, (n_targets,))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def both(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return nll_sum(model.head, hidden, targets), next_token_nll_sum(model.head(hidden), targets)
+
+    found, wanted = (
+        (
+            value.detach(),
+            torch.autograd.grad(value, learned, allow_unused=True, materialize_grads=True, retain_graph=True),
+        )
+        for value in both(model.hidden_states(ids).requires_grad_())
+    )
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    # Hidden states without a target do not reach the head: NaN in them changes nothing.
+    hidden = model.hidden_states(ids).detach().masked_fill((targets == IGNORE)[..., None], float("nan"))
+    torch.testing.assert_close(nll_sum(model.head, hidden, targets).detach(), wanted[0], atol=1e-5, rtol=1e-5)

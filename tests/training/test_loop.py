@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crashes import crash
 from danlu.data.packing import Batch, DocumentSequences, MaskedSequences, RowStream
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
@@ -197,25 +198,10 @@ def test_ctrl_c_saves_and_the_run_goes_on(make_config: MakeConfig) -> None:
     assert weights(stopped.out) == weights(straight.out)
 
 
-def interrupted_run(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    """Leave a run with its checkpoints, as a crash would."""
-    step = Trainer._step
-
-    def crash(self: Trainer) -> tuple[float, float, float]:
-        if self.progress.step == at_step:
-            raise RuntimeError("crash")
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", crash)
-        with pytest.raises(RuntimeError, match="crash"):
-            pretrain(config)
-
-
-def test_resume_is_exact_in_bf16(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_exact_in_bf16(make_config: MakeConfig) -> None:
     straight, broken = (make_config(name, precision="bf16", checkpoint_every=4) for name in ("straight", "broken"))
     pretrain(straight)
-    interrupted_run(broken, monkeypatch, at_step=9)
+    crash(lambda: pretrain(broken), at_step=9)
     pretrain(broken)
     assert losses(broken.out) == losses(straight.out)
     assert weights(broken.out) == weights(straight.out)
@@ -223,11 +209,11 @@ def test_resume_is_exact_in_bf16(make_config: MakeConfig, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "no state", "bad json"])
 def test_a_damaged_checkpoint_is_passed_over(
-    damage: str, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damage: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight, broken = make_config("straight"), make_config("broken", checkpoint_every=4)
     pretrain(straight)
-    interrupted_run(broken, monkeypatch, at_step=9)
+    crash(lambda: pretrain(broken), at_step=9)
     newest = checkpoint.list_checkpoints(broken.out)[-1]
     tensors, state = newest / "state.safetensors", newest / "state.json"
     if damage == "truncate":

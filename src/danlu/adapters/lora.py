@@ -23,7 +23,7 @@ from danlu.adapters.wrapper import Wrapper, activate, wrappers
 from danlu.errors import DanluError
 from danlu.models.load import Model
 from danlu.models.transformer import Transformer
-from danlu.nn.linear import Head
+from danlu.nn.linear import Head, product
 from danlu.nn.moe import MoE
 
 
@@ -52,7 +52,7 @@ class LowRank(nn.Module):
         """``s B A x`` in the dtype of ``x``."""
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
+        return product(product(x, self.a), self.b) * self.scale
 
     def delta(self) -> Tensor:
         """``s B A``, (out, in) fp32."""

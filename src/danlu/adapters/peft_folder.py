@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE = ".base_layer.weight"
+"""Ends the name of a weight of the base model itself."""
 
 _PART = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
@@ -266,6 +268,7 @@ class _Loader:
             if not self.config.names(module):
                 raise DanluError(f"{self.path}: holds tensors for {module}, which target_modules does not name")
             plans.append((by_name[module], *self._low_rank(by_name[module])))
+            self._check_base(by_name[module])
         head = self._head()
         tokens = self._tokens()
         if self.tensors:
@@ -303,6 +306,23 @@ class _Loader:
             return a, bs, None
         magnitude = self._take(f"{site.theirs}.lora_magnitude_vector", (n_out,))
         return a, bs, [part.contiguous() for part in site.split(magnitude)]
+
+    def _check_base(self, site: Site) -> None:
+        """PEFT stores the head's own weight beside an update of it, in case that tokens were added to the base."""
+        key = f"{site.theirs}{BASE}"
+        stored = self.tensors.pop(key, None)
+        if stored is None:
+            return
+        weight = self.model.get_submodule(site.ours[0]).weight
+        assert isinstance(weight, Tensor)
+        stored, weight = stored.to(weight.device), weight.detach()
+        if stored.shape != weight.shape or not (
+            torch.equal(stored.to(weight.dtype), weight) or torch.equal(weight.to(stored.dtype), stored)
+        ):
+            raise DanluError(
+                f"{self.path}: {key} is not what this base model has there, so the adapter is for another "
+                "one; merge it in PEFT (merge_and_unload) with the model that it was trained on"
+            )
 
     def _take(self, key: str, shape: tuple[int, ...]) -> Tensor:
         if key not in self.tensors:

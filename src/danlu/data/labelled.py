@@ -163,6 +163,26 @@ def text_rows(file: SourceFile, columns: Columns, on_error: ErrorPolicy) -> Iter
         yield TextRow(*texts, label, where)
 
 
+def read_unlabelled(data: Path, columns: Columns, *, on_error: Literal["stop", "skip"] = "stop") -> list[TextRow]:
+    """Texts alone; if they have labels, nobody looks at them.
+
+    Raises:
+        DanluError: a broken row, with file and line; no row at all.
+    """
+    policy = ErrorPolicy(on_error)
+    found = []
+    for file in _files(data, policy):
+        for row, where in objects(file, policy):
+            if (texts := text_and_pair(row, columns, where, policy)) is not None:
+                found.append(TextRow(*texts, None, where))
+    if policy.count:
+        total = policy.count + len(found)
+        console.warn(f"{data}: {policy.count:,} of {total:,} rows skipped; the first: {policy.messages[0]}")
+    if not found:
+        raise DanluError(f"{data}: holds no usable row")
+    return found
+
+
 def text_and_pair(
     row: Mapping[str, Any], columns: Columns, where: str, on_error: ErrorPolicy
 ) -> tuple[str, str | None] | None:

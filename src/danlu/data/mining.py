@@ -107,12 +107,17 @@ def _documented(tree: ast.Module, source: str) -> list[MinedFunction]:
     return [function for function in found if function is not None]
 
 
+def stub_of(function: MinedFunction) -> str:
+    """Signature and docstring: what the body goes on with."""
+    return f"{function.signature}\n{textwrap.indent(f'{QUOTES}{function.docstring}{QUOTES}', '    ')}"
+
+
 def prompt_for(function: MinedFunction) -> list[dict[str, str]]:
     """The chat up to the answer: one user message. The wording depends on the function alone."""
     kind = "function"
     if "." in function.qualname:
         kind = f"method of the class {function.qualname.rpartition('.')[0]}"
-    stub = f"{function.signature}\n{textwrap.indent(f'{QUOTES}{function.docstring}{QUOTES}', '    ')}"
+    stub = stub_of(function)
     choice = hashlib.sha256(f"{function.qualname}\n{function.signature}".encode()).digest()[0]
     content = PROMPTS[choice % len(PROMPTS)].format(
         kind=kind, stub=stub, name=function.name, signature=function.signature, docstring=function.docstring
@@ -283,7 +288,13 @@ def _pairs(
                     source=source_name,
                     path=path,
                     kind="chat",
-                    meta={"path": path, "name": function.qualname, "lineno": str(function.lineno)},
+                    meta={
+                        "path": path,
+                        "name": function.qualname,
+                        "lineno": str(function.lineno),
+                        "stub": stub_of(function),
+                        "entry_point": function.name,  # for whoever judges an answer
+                    },
                 )
 
 

@@ -22,7 +22,7 @@ from danlu import console
 from danlu.data.chat_rows import chat_messages
 from danlu.data.corpus import ErrorPolicy, SourceFile
 from danlu.data.epochs import EpochStream, shuffled
-from danlu.data.folder import DataFolder
+from danlu.data.folder import DataFolder, Split
 from danlu.data.labelled import Columns, objects, read_split
 from danlu.errors import DanluError
 from danlu.formats.card import CARD
@@ -97,6 +97,23 @@ def prompt_rows(file: SourceFile, columns: Columns, on_error: ErrorPolicy) -> It
             on_error(error)
 
 
+def split_prompts(
+    path: Path,
+    *,
+    heldout: Path | None = None,
+    share: float = 0.1,
+    on_error: Literal["stop", "skip"] = "stop",
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from and prompts held out, as :func:`read_prompts` has them, without their tokens. With a
+    share of 0 a data folder may have none held out."""
+    if (path / CARD).exists() and heldout is None:
+        wanted = DataFolder(path).splits() if share == 0 else ["train", "heldout"]
+        splits: tuple[Split, Split] = ("train", "heldout")
+        train, held_out = (list(_of_folder(path, split)) if split in wanted else [] for split in splits)
+        return train, held_out
+    return read_split(prompt_rows, path, heldout, Columns(), share=share, on_error=on_error)
+
+
 def read_prompts(
     path: Path,
     tokenizer: Tokenizer,
@@ -117,10 +134,7 @@ def read_prompts(
     Raises:
         DanluError: a broken row, with file and line; no prompt that can be used.
     """
-    if (path / CARD).exists() and heldout is None:
-        train, held_out = (list(_of_folder(path, held)) for held in (False, True))
-    else:
-        train, held_out = read_split(prompt_rows, path, heldout, Columns(), share=share, on_error=on_error)
+    train, held_out = split_prompts(path, heldout=heldout, share=share, on_error=on_error)
     n_rows = len(train) + len(held_out)
     train, held_out = ([_with_ids(one, tokenizer) for one in part] for part in (train, held_out))
     train, held_out = ([one for one in part if len(one.ids) <= longest] for part in (train, held_out))
@@ -131,8 +145,8 @@ def read_prompts(
     return train, held_out
 
 
-def _of_folder(path: Path, held_out: bool) -> Iterator[Prompt]:
-    for document in DataFolder(path).documents("heldout" if held_out else "train"):
+def _of_folder(path: Path, split: Split) -> Iterator[Prompt]:
+    for document in DataFolder(path).documents(split):
         where = f"{path}: {document.path or document.id}"
         if document.kind == "chat":
             yield _before_the_answer(document.messages(), {**document.meta}, where)

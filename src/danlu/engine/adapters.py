@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from danlu.adapters.lora import LoRALinear, LowRank
 from danlu.adapters.open import trained_in
-from danlu.adapters.peft_folder import load_adapter
+from danlu.adapters.peft_folder import BASE, WEIGHTS, load_adapter
 from danlu.adapters.wrapper import wrappers
 from danlu.console import warn
 from danlu.errors import DanluError
+from danlu.formats.safetensors_header import read_header
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig
 
@@ -49,8 +50,15 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
         hf_config: its `config.json`, which tells the family, and so the names.
 
     Raises:
-        DanluError: it does not fit the model, or has rows of its own for some tokens, which only a merged model has.
+        DanluError: it does not fit the model, or has what only a merged model has: rows of its own for some tokens, or
+            a head's own weights.
     """
+    weights = Path(folder) / WEIGHTS
+    if weights.is_file() and any(name.endswith(BASE) for name in read_header(weights).entries):
+        raise DanluError(
+            f"{folder}: holds the head's own weights besides an update of them, which belong to one base model alone; "
+            f"merge it: danlu merge BASE {folder} OUT"
+        )
     model = _weightless(config, hf_config)
     load_adapter(model, folder, name=_NAME)
     found = {}

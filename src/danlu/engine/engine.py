@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from danlu.adapters.wrapper import effective_weights
 from danlu.config import validate
 from danlu.engine.answers import Answers
 from danlu.engine.batch import AdapterRunner, Runner
@@ -492,7 +493,7 @@ class Engine:
         if self._answers.requests:
             raise DanluError("update: requests are running; let them end, or abort them, before the weights change")
         if isinstance(self.runner, NativeRunner):
-            self.runner.update(dict(model.named_parameters()))
+            self.runner.update(effective_weights(model))
         elif isinstance(self.runner, TorchRunner):
             self.runner.take(model)
         self._scheduler.blocks.forget_prefixes()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from danlu.adapters.peft_config import read_peft_config
+from danlu.adapters.wrapper import effective_weights
 from danlu.engine.adapters import Update, read_updates
 from danlu.engine.batch import Batch, kv_groups
 from danlu.engine.packed import Arena, Matrix, huge_pages, pack
@@ -130,8 +131,8 @@ class NativeRunner:
 
     @classmethod
     def of(cls, model: CausalLM, **options: Any) -> NativeRunner:
-        """A model in memory."""
-        return cls(model.config, dict(model.named_parameters()), hf_config=model.hf_config.copy, **options)
+        """A model in memory; its active adapter is put into the copy."""
+        return cls(model.config, effective_weights(model), hf_config=model.hf_config.copy, **options)
 
     @property
     def weight_bytes(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from danlu.adapters.open import open_adapted
 from danlu.adapters.peft_config import is_adapter_folder
+from danlu.adapters.wrapper import wrappers
 from danlu.engine.batch import Runner
 from danlu.engine.drafts import DraftModel
 from danlu.engine.engine_config import EngineConfig
@@ -75,9 +76,17 @@ def _why_not_native(model: Path | CausalLM, config: EngineConfig, device: torch.
         return f"blocks are of {NativeRunner.block_size} tokens, not {config.block_size}"
     if config.kv_dtype == "fp16":
         return "there is no cache in fp16; choose bf16"
-    if isinstance(model, CausalLM) and model.compute_dtype not in (None, model.embed.weight.dtype):
+    if isinstance(model, Path):
+        return why_not(read_config(model))
+    stored = model.embed.weight.dtype
+    if model.compute_dtype not in (None, stored):
         return f"the model computes in {model.compute_dtype}"
-    return why_not(model.config if isinstance(model, CausalLM) else read_config(model))
+    adapted = wrappers(model).values()
+    if adapted and stored != torch.float32:
+        return f"an adapter put into weights of {stored} would be rounded"
+    if any(wrapper.is_tied and not wrapper.shares_weight for wrapper in adapted):
+        return "the head has an adapter, and is tied to the embedding"
+    return why_not(model.config)
 
 
 def _on_torch(model: CausalLM, config: EngineConfig) -> TorchRunner:

@@ -43,7 +43,7 @@ class EvaluateConfig:
     prompt_format: PromptFormat = option(
         "auto",
         "plain: signature and docstring as source code; chat: the same as an instruction; auto: chat for models that "
-        "danlu has fine-tuned.",
+        "danlu has taught to answer (finetune, align, distil).",
     )
     batch_size: int = option(64, "Functions written together.", ge=1, affects_result=False)
     seed: int = option(0, "Seed of the choice of functions and of sampling.", ge=0, lt=2**62)

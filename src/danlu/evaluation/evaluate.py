@@ -104,11 +104,15 @@ def _context(config: EvaluateConfig, model: CausalLM) -> int:
     return config.context or min(trained or model.config.context, model.config.context)
 
 
+ANSWERING = ("finetune", "align", "distil", "merge")
+"""Verbs that make models which have learned to answer."""
+
+
 def _prompt_format(config: EvaluateConfig) -> Literal["plain", "chat"]:
     if config.prompt_format != "auto":
         return config.prompt_format
     card = card_if_any(config.model)
-    return "chat" if card is not None and card.verb == "finetune" else "plain"
+    return "chat" if card is not None and card.verb in ANSWERING else "plain"
 
 
 def _print(metrics: dict[str, Any]) -> None:

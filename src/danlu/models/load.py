@@ -334,7 +334,12 @@ def save_model(
 
     The weights come last: a folder with weights is whole. A model made here is written in the Qwen3 layout, another in
     the layout it came in.
+
+    Raises:
+        DanluError: the model has adapters, or layers whose weights are quantized: neither has a place in this layout;
+            or the disk is full.
     """
+    _check_plain(model)
     path = Path(folder)
     files.require_space(path, dtype.itemsize * model.num_parameters(), "the model")
     content = model.hf_config
@@ -361,6 +366,20 @@ def save_model(
     if isinstance(model, CausalLM) or (isinstance(model, EncoderDecoder) and model.generation_config):
         files.write_json(path / "generation_config.json", generation)
     save_safetensors(path, checkpoint_tensors(model, family, dtype))
+
+
+def _check_plain(model: Model) -> None:
+    if any(".adapters." in name for name, _ in model.named_parameters()):
+        raise DanluError(
+            "a model with an adapter on it is no model folder; write the adapter alone (danlu.adapters.peft_folder: "
+            "save_adapter), or put it into the weights first (danlu.adapters: lora.merge, then wrapper.unwrap)"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, "to_linear"):
+            raise DanluError(
+                f"{name}: is a {type(module).__name__}, and a model folder holds floats; dequantize it first "
+                "(danlu.quantization.nf4_linear: dequantize_linears)"
+            )
 
 
 def checkpoint_tensors(model: Model, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:

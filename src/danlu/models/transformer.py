@@ -108,6 +108,7 @@ class Transformer(nn.Module):
         types_bt: Tensor | None = None,
         memory: Memory | PagedMemory | None = None,
         routings: MutableSequence[Routing] | None = None,
+        noise_bt: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states, (batch, seq, dim), in ``dtype``.
 
@@ -121,6 +122,7 @@ class Transformer(nn.Module):
             types_bt: sentence number of each token, for encoders of pairs; default 0.
             memory: the encoder's side, for decoders with cross-attention.
             routings: a list that collects the decisions of each mixture of experts, for its losses.
+            noise_bt: bound of the uniform noise that is added to each token's embedding (`training/neftune.py`).
         """
         t = ids_bt.shape[1]
         length: int | Tensor | None
@@ -138,7 +140,7 @@ class Transformer(nn.Module):
         if memory is not None and memory.real_bs is not None:
             memory_mask = masks.additive(memory.real_bs[:, None, None, :], self.dtype)
 
-        x = self._embed(ids_bt, positions_bt, types_bt)
+        x = self._embed(ids_bt, positions_bt, types_bt, noise_bt)
         for layer, block in enumerate(self.layers):
             rope = self.config.rope_of(layer)
             rotation = None if rope is None else rotations[rope]
@@ -179,10 +181,14 @@ class Transformer(nn.Module):
             return self.relative_bias.between(query_positions_bt, key_positions_bs)
         return None
 
-    def _embed(self, ids_bt: Tensor, positions_bt: Tensor, types_bt: Tensor | None) -> Tensor:
+    def _embed(
+        self, ids_bt: Tensor, positions_bt: Tensor, types_bt: Tensor | None, noise_bt: Tensor | None = None
+    ) -> Tensor:
         x: Tensor = self.embed(ids_bt).to(self.dtype)
         if self.config.embed_scale is not None:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype)  # rounded as the activations are
+        if noise_bt is not None:
+            x = x + torch.empty_like(x).uniform_(-1, 1) * noise_bt[..., None].to(x.dtype)
         if self.config.learned_positions:
             x = x + self.embed_positions(positions_bt + self.config.position_offset).to(x.dtype)
         if self.config.token_types:

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from danlu import hardware
+
+WIDEN_ROWS = 32
+"""Rows from which products are widened: below, widening the weight costs more than it saves."""
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` in the dtype of ``x``, to which the weight is rounded; see :func:`danlu.hardware.product_dtype`."""
+    if hardware.product_dtype(x.dtype, x.device) != x.dtype and _rows(x) >= WIDEN_ROWS:
+        return _WideProduct.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _WideProduct(torch.autograd.Function):
+    """Written out because autograd would keep the widened operands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        b = None if bias is None else bias.to(x.dtype).float()
+        return F.linear(x.float(), weight.to(x.dtype).float(), b).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = grad_y.float()
+        grad_x = (wide @ weight.to(x.dtype).float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        rows = wide.flatten(0, -2)
+        grad_weight = (rows.T @ x.flatten(0, -2).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = rows.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.numel() else 0
 
 
 class Linear(nn.Linear):
@@ -15,8 +56,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, self.bias)
 
 
 class Head(Linear):

@@ -10,6 +10,7 @@ from danlu.adapters.config import AdapterOptions
 from danlu.config import REQUIRED, option
 from danlu.posttraining.policy_config import GRPO_ONLY, POLICY_ONLY, PPO_ONLY, PolicyOptions
 from danlu.training.config import TrainingConfig
+from danlu.training.heldout_config import HeldOutOptions
 
 Loss = Literal["sigmoid", "ipo", "hinge", "robust", "kto", "orpo", "simpo"]
 
@@ -18,7 +19,7 @@ REFERENCE_FREE: Final = ("orpo", "simpo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgedConfig(TrainingConfig, AdapterOptions):
+class JudgedConfig(TrainingConfig, HeldOutOptions, AdapterOptions):
     """Options of whatever is learned from judged answers."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
@@ -27,22 +28,13 @@ class JudgedConfig(TrainingConfig, AdapterOptions):
         "JSON Lines, JSON, CSV, TSV or Parquet files: prompt, chosen, rejected; prompt, answers, ranks or scores; or "
         "prompt, completion, label.",
     )
-    heldout: Path | None = option(
-        None, "File of held-out rows; without it, a folder's test, dev or validation files, else a share of the rows."
-    )
-    heldout_share: float | None = option(
-        None, "Share of the rows held out, by a hash of the prompt; default 0.1.", ge=0, lt=1
-    )
-    on_error: Literal["stop", "skip"] = option(
-        "stop", "What to do with a row that cannot be used: stop, or skip and count it."
-    )
     batch_size: int = option(
         0, "Rows (pairs, rankings, judged answers) per optimizer step; 0: 16.", unit="rows", ge=0, le=65536
     )
     lr_scale: float | None = option(
         None,
-        "Multiplies the default learning rates: at a width of 768, dpo 5e-6, reward 2e-5 (its head 2e-4); of adapters, "
-        "whatever the width, 1e-4 and 5e-4.",
+        "Multiplies the default learning rates: at a width of 768, dpo 5e-6, grpo and ppo 1e-5, reward 2e-5 (its head "
+        "2e-4); of adapters, whatever the width, 1e-4, of a reward model 5e-4.",
         gt=0,
         le=100,
     )
@@ -54,8 +46,7 @@ class JudgedConfig(TrainingConfig, AdapterOptions):
             found.append("batch_tokens is not for judged answers, which are counted in rows; give batch_size")
         if self.compile == "always":
             found.append("compile=always is for rows of one length; judged answers are of all lengths")
-        if self.heldout is not None and self.heldout_share is not None:
-            found.append("heldout and heldout_share are both given; choose one")
+        found += self.heldout_problems()
         if self.adapter != "none" and self.optimizer == "muon":
             found.append("optimizer=muon is for whole matrices; an adapter's are learned with adamw")
         return found
@@ -131,8 +122,16 @@ class AlignConfig(JudgedConfig, PolicyOptions):
                 found.append(f"{name} is for loss={' or '.join(losses)}, not {self.loss}")
         if self.method != "dpo":
             found += self.policy_problems(self.method)
-            if self.adapter != "none":
-                found.append(f"adapter is for method=dpo; {self.method} trains all weights")
+            if self.dropout:
+                found.append(
+                    f"dropout is for method=dpo: {self.method} learns from the log-probabilities of answers that were "
+                    "written without it"
+                )
+            if self.new_tokens:
+                found.append(
+                    f"new_tokens are for method=dpo: {self.method} learns from what the model writes, and it writes "
+                    "none that it was not taught; fine-tune it with them first"
+                )
         if self.loss == "robust" and not self.label_smoothing:
             found.append("loss=robust needs label_smoothing, the share of wrong labels; without it, it is sigmoid")
         if self.precompute == "never" and (self.adapter == "none" or self.reference is not None):
@@ -145,7 +144,7 @@ class AlignConfig(JudgedConfig, PolicyOptions):
 
 _PREFERENCE_OPTIONS = (
     "loss", "beta", "label_smoothing", "length_average", "target_margin", "sft_weight", "desirable_weight",
-    "undesirable_weight", "reference", "precompute", "batch_size",
+    "undesirable_weight", "reference", "precompute", "batch_size", "seq_len", "heldout_tokens",
 )  # fmt: skip
 
 _ONLY: dict[str, tuple[str, ...]] = {

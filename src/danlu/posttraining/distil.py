@@ -15,10 +15,10 @@ from danlu.posttraining.distil_config import DistilConfig
 def distil(config: DistilConfig) -> Path:
     """Train a student after a teacher and write its model folder.
 
-    The student is the teacher with fewer layers, a new model of the teacher's family, or a model folder with the same
-    tokenizer. It learns from the teacher's probabilities of next tokens or labels, and, where that is asked for, from
-    its hidden states and attention maps, or from answers that the teacher writes. The card says how large, how good and
-    how fast both are.
+    The student is the teacher with fewer layers, a new model of the teacher's family, which begins with the teacher's
+    weights cut to its shape, or a model folder with the same tokenizer. It learns from the teacher's probabilities of
+    next tokens or labels, and, where that is asked for, from its hidden states and attention maps, or from answers that
+    the teacher writes. The card says how large, how good and how fast both are.
 
     Args:
         config: see :class:`DistilConfig`. Without steps, minutes or epochs the run makes 2 passes over the data; over
@@ -34,7 +34,7 @@ def distil(config: DistilConfig) -> Path:
     """
     config = validate(config)
     inputs = {"teacher": config.teacher, "data": config.data}
-    for role in ("student", "heldout"):
+    for role in ("student", "heldout", "unlabelled"):
         if (path := getattr(config, role)) is not None:
             inputs[role] = path
     stage = Stage.open(

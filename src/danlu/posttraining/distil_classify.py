@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from danlu import console, files, hardware
-from danlu.data.labelled import LabelKind
+from danlu.data.labelled import Columns, LabelKind, read_unlabelled
 from danlu.data.padded import Example, PaddedBatch, PaddedStream, batches_by_length
-from danlu.engine.classify import predict
+from danlu.engine.classify import encode_text, predict
 from danlu.errors import DanluError
 from danlu.evaluation.baselines import Scores
 from danlu.formats.card import Stage
@@ -63,8 +64,10 @@ class LabelLesson:
 
         hard_share * loss of the labels + (1 - hard_share) * divergence + weights * layers
 
+    Of a row without a label it is the divergence, whole, and the layers.
+
     Attributes:
-        labels: what each row is labelled with, as `objectives/classification.py` takes it.
+        labels: what the first rows are labelled with, as `objectives/classification.py` takes it; others have no label.
         logits_nl: (rows, labels) what the teacher says of each row.
         matching: the loss between layers, if there is one; then the teacher reads each batch again.
     """
@@ -94,12 +97,14 @@ class LabelLesson:
         return self._hard(self._logits(self.student, batch), batch)
 
     def _loss_sum(self, logits_bl: Tensor, batch: PaddedBatch) -> Tensor:
-        hard = self._hard(logits_bl, batch)
-        soft = self._divergence(logits_bl, self.logits_nl[batch.targets])
-        return self.hard_share * hard + (1 - self.hard_share) * soft
+        theirs_bl, has_label = self.logits_nl[batch.targets], batch.targets < len(self.labels)
+        soft = self._divergence(logits_bl[has_label], theirs_bl[has_label])
+        alone = self._divergence(logits_bl[~has_label], theirs_bl[~has_label])
+        return self.hard_share * self._hard(logits_bl, batch) + (1 - self.hard_share) * soft + alone
 
     def _hard(self, logits_bl: Tensor, batch: PaddedBatch) -> Tensor:
-        return LOSS[self.kind](logits_bl, self.labels[batch.targets])
+        has_label = batch.targets < len(self.labels)
+        return LOSS[self.kind](logits_bl[has_label], self.labels[batch.targets[has_label]])
 
     def _divergence(self, mine_bl: Tensor, theirs_bl: Tensor) -> Tensor:
         """Of labels of which one holds; of each label by itself; or of numbers."""
@@ -139,6 +144,7 @@ def distil_classify(config: DistilConfig, stage: Stage) -> Path:
         student.problem_type = PROBLEM[kind]
         longest = min(config.seq_len, teacher.config.context, student.config.context)
         train, held_out = rows.encoded(config.as_finetuning, tokenizer, longest)
+        others = _unlabelled(config, tokenizer, longest, held_out)
         matching = layer_matching(config, student, teacher)
     examples = [*train.examples, *held_out.examples]
     device = hardware.pick_device(config.device)
@@ -148,21 +154,22 @@ def distil_classify(config: DistilConfig, stage: Stage) -> Path:
         student=student,
         teacher=teacher,
         labels=torch.tensor([e.target for e in examples], dtype=torch.long if kind == "single" else torch.float32),
-        logits_nl=_logits(teacher, examples, tokenizer.pad_id),
+        logits_nl=_logits(teacher, [*examples, *others], tokenizer.pad_id),
         hard_share=HARD_SHARE if config.hard_share is None else config.hard_share,
         temperature=config.temperature,
     )
     lesson.labels = lesson.labels.to(device)
-    numbered = [dataclasses.replace(example, target=number) for number, example in enumerate(examples)]
-    learned, kept = numbered[: len(train.examples)], numbered[len(train.examples) :]
+    numbered = [dataclasses.replace(example, target=number) for number, example in enumerate([*examples, *others])]
+    learned, kept = numbered[: len(train.examples)], numbered[len(train.examples) : len(examples)]
 
     alone: Scores | None = None
     if config.control is not False:
         other = dataclasses.replace(lesson, student=copied(student), hard_share=1.0)
-        alone = _control(config, other, learned, kept, tokenizer, held_out)
+        alone = _control(_as_long(config, len(learned), len(others)), other, learned, kept, tokenizer, held_out)
     if matching is not None:
         student.add_module("matching", matching)  # its projections are trained with the student, and then left behind
-    trainer = _trainer(config, dataclasses.replace(lesson, matching=matching), learned, kept, tokenizer.pad_id)
+    lesson = dataclasses.replace(lesson, matching=matching)
+    trainer = _trainer(config, lesson, [*learned, *numbered[len(examples) :]], kept, tokenizer.pad_id)
     metrics = trainer.run()
     if matching is not None:
         del student.matching
@@ -171,7 +178,7 @@ def distil_classify(config: DistilConfig, stage: Stage) -> Path:
     n_student, n_teacher = student.num_parameters(), teacher.num_parameters()
     metrics |= {
         "parameters": n_student, "teacher_parameters": n_teacher, "smaller_by": 1 - n_student / n_teacher,
-        "examples": len(learned), "heldout_examples": len(kept),
+        "examples": len(learned), "unlabelled_examples": len(others), "heldout_examples": len(kept),
     }  # fmt: skip
     details = trainer.details()
     if kept:
@@ -200,6 +207,17 @@ def share_above_chance(student: Scores, teacher: Scores, majority: Scores) -> fl
     the teacher is no better than that."""
     gained = teacher["accuracy"] - majority["accuracy"]
     return (student["accuracy"] - majority["accuracy"]) / gained if gained > 0 else None
+
+
+def _unlabelled(config: DistilConfig, tokenizer: Tokenizer, longest: int, held_out: Side) -> list[Example]:
+    """Texts of which nothing is known but what the teacher says. What is held out stays unseen here too."""
+    if config.unlabelled is None:
+        return []
+    columns = Columns(config.text_column, config.text2_column)
+    unseen = {row.key for row in held_out.rows}
+    rows = read_unlabelled(config.unlabelled, columns, on_error=config.on_error)
+    encoded = (encode_text(tokenizer, row.text, row.pair, longest) for row in rows if row.key not in unseen)
+    return [Example(ids, 0, types) for ids, types, _ in encoded]
 
 
 def _require_same_labels(config: DistilConfig, rows: Labelled, teacher: SequenceClassifier) -> None:
@@ -240,17 +258,30 @@ def _trainer(
     batch = config.batch_size or BATCH_SIZE
     rows = PaddedStream(learned, batch, config.seed, pad_id)
     scale = config.lr_scale or (NEW_STUDENT_SCALE if config.from_scratch else 1.0)
-    measured = first_examples(kept, config.heldout_tokens)
+    measured = first_examples(kept, config.heldout_tokens, len)
     return Trainer(
         dataclasses.replace(config, optimizer="adamw", compile="never") if config.optimizer == "auto" else config,
         lesson.student, rows,
         held_out=HeldOutLabels(HeldOutRows(measured, pad_id), lesson.hard_loss) if measured else None,
         rates=default_rates(dataclasses.replace(config.as_finetuning, lr_scale=scale), lesson.student),
         batch_tokens=batch * rows.row_len,
-        default_epochs=min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS * batch / len(learned))),
+        default_epochs=_default_epochs(batch, len(learned)),
         loss_sum=lesson,
         betas=BETAS,
     )  # fmt: skip
+
+
+def _default_epochs(batch: int, n_rows: int) -> float:
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_STEPS * batch / n_rows))
+
+
+def _as_long(config: DistilConfig, n_labelled: int, n_others: int) -> DistilConfig:
+    """For the rows with labels alone: as many steps as a run over all rows has."""
+    if not n_others or config.steps is not None or config.minutes is not None:
+        return config
+    n_rows, batch = n_labelled + n_others, config.batch_size or BATCH_SIZE
+    epochs = config.epochs or _default_epochs(batch, n_rows)
+    return dataclasses.replace(config, epochs=None, steps=max(1, math.ceil(epochs * n_rows / batch)))
 
 
 def _control(

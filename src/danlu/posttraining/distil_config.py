@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from danlu.config import REQUIRED, option
 from danlu.training.config import FinetuneConfig, TrainingConfig
+from danlu.training.heldout_config import HeldOutOptions
 
 CONTROL = "control"
 """Folder, inside that of the run, of the student that learns without the teacher; gone when the run is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(TrainingConfig):
+class DistilConfig(TrainingConfig, HeldOutOptions):
     """Train a smaller model, the student, to do as a larger one does, its teacher."""
 
     teacher: Path = option(REQUIRED, "Model folder of the teacher.", positional=True)
@@ -49,6 +50,11 @@ class DistilConfig(TrainingConfig):
     head_dim: int | None = option(None, "Width of a head of a new student; default the teacher's.", ge=8, le=256)
     ffn_dim: int | None = option(
         None, "Width of the feed-forward layer of a new student; default in the teacher's proportion.", ge=8
+    )
+    init: Literal["teacher", "random"] = option(
+        "teacher",
+        "What a new student begins with: the teacher's weights, cut to its shape; or random ones, as to train from "
+        "scratch.",
     )
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = option(
@@ -96,26 +102,19 @@ class DistilConfig(TrainingConfig):
     )
     control: bool | None = option(
         None,
-        "Also train the same student without the teacher, for as many steps, to tell what the teacher was good for; "
-        "default: for classify.",
+        "Also train the same student, from the same start, without the teacher, for as many steps, to tell what its "
+        "lessons were good for; default: for classify.",
     )
 
     train_on: Literal["assistant", "all"] = option("assistant", "Which tokens of a chat carry loss.")
-    heldout: Path | None = option(
+    unlabelled: Path | None = option(
         None,
-        "classify: file of held-out rows; without it, a folder's test, dev or validation files, else a share of "
-        "the rows.",
-    )
-    heldout_share: float | None = option(
-        None, "Share of the rows held out, by a hash; default 0.02, for labels 0.1.", ge=0, lt=1
-    )
-    on_error: Literal["stop", "skip"] = option(
-        "stop", "What to do with a row that cannot be used: stop, or skip and count it."
+        "classify: texts without labels; of these the student learns what the teacher says, and nothing else.",
     )
     lr_scale: float | None = option(
         None,
         "Multiplies the default learning rates: those of pre-training (default 1, for a student with the teacher's "
-        "layers 0.3), or for labels those of fine-tuning (default 1, for a new student 10).",
+        "weights 0.3), or for labels those of fine-tuning (default 1, for random weights 10).",
         gt=0,
         le=10,
     )
@@ -151,8 +150,8 @@ class DistilConfig(TrainingConfig):
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the student's layers begin with nothing."""
-        return bool(self.shape)
+        """Whether the student begins with nothing."""
+        return bool(self.shape) and self.init == "random"
 
     @property
     def compares_layers(self) -> bool:
@@ -176,6 +175,8 @@ class DistilConfig(TrainingConfig):
             found.append(f"layers: {','.join(self.layers)!r} are no numbers of layers, as in 0,2,4")
         elif sorted({int(number) for number in numbers}) != [int(number) for number in numbers]:
             found.append(f"layers: {','.join(self.layers)} must be in rising order, each once")
+        if _is_given(self, "init") and not self.shape:
+            found.append("init is for a new student (size, dim); keep_layers, layers and student say it themselves")
         found += self._not_for_task()
         found += self._conflicts()
         return found
@@ -214,8 +215,7 @@ class DistilConfig(TrainingConfig):
             found.append("compile=always is for rows of one length, not for on_policy or classify")
         if self.teacher_top_k and self.hard_share == 1:
             found.append("hard_share=1 leaves nothing to learn from the teacher")
-        if self.heldout is not None and self.heldout_share is not None:
-            found.append("heldout and heldout_share are both given; choose one")
+        found += self.heldout_problems()
         return found
 
 
@@ -227,7 +227,8 @@ _ONLY = {
         "prompt_tokens", "divergence", "jsd_beta",
     ),
     "classify": (
-        "heldout", "batch_size", "text_column", "text2_column", "label_column", "label_kind", "label_names",
+        "heldout", "unlabelled", "batch_size", "text_column", "text2_column", "label_column", "label_kind",
+        "label_names",
     ),
 }  # fmt: skip
 """Options that mean something for one task only; given for another they are refused, not passed over."""

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from danlu.adapters.training import reads_tokens
 from danlu.adapters.wrapper import disabled
 from danlu.data.packed_examples import Example
 from danlu.errors import DanluError
@@ -236,7 +237,8 @@ def _prepare(config: AlignConfig, tokenizer: Tokenizer) -> JudgedTask:
     if config.reference is not None:
         _check_reference(config, config.reference, tokenizer)
     model, tokenizer, details = open_model(config, CausalLM, tokenizer)
-    judged = read_groups(config, tokenizer, "singles" if config.loss == "kto" else "pairs")
+    reader = reads_tokens(tokenizer, config.new_tokens) if config.new_tokens else tokenizer
+    judged = read_groups(config, reader, "singles" if config.loss == "kto" else "pairs")
     judge = PreferenceJudge(config, model, judged)
     return JudgedTask(
         model, tokenizer, judged, judge, learning_rates(config, model, RATE, adapter=ADAPTER_RATE),

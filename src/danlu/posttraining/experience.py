@@ -27,6 +27,7 @@ from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.objectives.policy import overlong_penalty
 from danlu.posttraining.policy_config import PolicyOptions
+from danlu.posttraining.reward_watch import RewardWatch
 from danlu.posttraining.rollouts import Rollout, RolloutEngine
 from danlu.posttraining.verifiers import Judgement, Sample, Verifiers
 from danlu.training.logprobs import target_logprobs
@@ -160,6 +161,8 @@ class Experience(ABC):
         self.draws = 0
         self.numbers: Numbers = {}
         """Of the last draw, for the log."""
+        self.watch: RewardWatch | None = None
+        """Over the rewards of this run; what it has seen is saved with the position."""
         self._left: list[list[Lesson]] = []
         self._warned = False
 
@@ -199,13 +202,18 @@ class Experience(ABC):
     def state(self) -> dict[str, Any]:
         """Where it is, with the answers that are still to be learned from."""
         left = [[lesson.as_json() for lesson in lessons] for lessons in self._left]
-        return {"order": self.order.state(), "draws": self.draws, "left": left, "numbers": self.numbers}
+        watch = None if self.watch is None else self.watch.state()
+        return {
+            "order": self.order.state(), "draws": self.draws, "left": left, "numbers": self.numbers, "watch": watch,
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to a saved position."""
         self.order.restore(state["order"])
         self.draws, self.numbers = state["draws"], state["numbers"]
         self._left = [[Lesson.from_json(lesson) for lesson in lessons] for lessons in state["left"]]
+        if self.watch is not None:
+            self.watch.restore(state["watch"])
 
     # ---- a draw
 

@@ -1,8 +1,7 @@
-"""Held-out prompts, answered and judged while a policy is trained; and when its rewards are to be doubted."""
+"""Held-out prompts, answered and judged while a policy is trained."""
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
@@ -10,8 +9,10 @@ import torch
 
 from danlu.data.prompts import Prompt
 from danlu.engine.config import SamplingParams
-from danlu.posttraining.experience import Judged, judge
+from danlu.posttraining.answer_log import AnswerLog
+from danlu.posttraining.experience import Judged, judge, parts
 from danlu.posttraining.policy_config import PolicyOptions
+from danlu.posttraining.reward_watch import RewardWatch
 from danlu.posttraining.rollouts import RolloutEngine
 from danlu.posttraining.verifiers import Verifiers
 from danlu.training.loop import LossSum
@@ -38,15 +39,21 @@ class HeldOutAnswers:
         self.prompts = prompts
         self.watch = RewardWatch() if others is not None else None
         self.last: list[list[Judged]] = []
-        """The answers of the last measurement, with those of ``others`` behind."""
+        """The answers of the last measurement."""
+        self.log: AnswerLog | None = None
+        """Where some of them are written down, once there is a run that counts steps."""
 
     def measure(self, loss_sum: LossSum, micro_rows: int, device: torch.device) -> Numbers:
         """Mean rewards, and what the others say."""
         params = SamplingParams(temperature=0.0, max_new_tokens=self.options.max_new_tokens)
         drawn = self.engine.draw(self.prompts, params, seed=0)
         self.last = judge(drawn, self.verifiers, self.options)
-        rewards = [one.reward for group in self.last for one in group if one.reward is not None]
+        if self.log is not None:
+            self.log.write(self.last)
+        answers = [one for group in self.last for one in group]
+        rewards = [one.reward for one in answers if one.reward is not None]
         found: Numbers = {"heldout_reward": statistics.fmean(rewards) if rewards else None}
+        found |= {f"heldout_{name}": score for name, score in parts(answers).items()}
         if self.others is not None:
             judged = judge(drawn, self.others, PolicyOptions())
             scores = [one.reward for group in judged for one in group if one.reward is not None]
@@ -58,32 +65,3 @@ class HeldOutAnswers:
     def suspicion(self) -> str | None:
         """Why training should stop, if it should."""
         return None if self.watch is None else self.watch.suspicion
-
-
-class RewardWatch:
-    """Suspects that a reward is gamed: it has risen since the best of what is not rewarded, which has fallen, both by
-    more than chance explains (two standard errors of the difference)."""
-
-    def __init__(self) -> None:
-        self.suspicion: str | None = None
-        self._best: tuple[Sequence[float], Sequence[float]] | None = None
-
-    def observe(self, rewards: Sequence[float], others: Sequence[float]) -> None:
-        """The scores of one measurement, an answer each."""
-        if len(rewards) < 2 or len(others) < 2:
-            return
-        if self._best is None or statistics.fmean(others) >= statistics.fmean(self._best[1]):
-            self._best = (rewards, others)
-            return
-        gained, lost = _difference(self._best[0], rewards), _difference(others, self._best[1])
-        if gained[0] > 2 * gained[1] and lost[0] > 2 * lost[1]:
-            self.suspicion = (
-                f"the reward has risen by {gained[0]:.3g} while the held-out verifier has fallen by {lost[0]:.3g}: "
-                "the reward is probably gamed"
-            )
-
-
-def _difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """The difference of two means, and its standard error."""
-    error = math.sqrt(statistics.variance(before) / len(before) + statistics.variance(after) / len(after))
-    return statistics.fmean(after) - statistics.fmean(before), error

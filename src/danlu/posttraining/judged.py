@@ -16,13 +16,14 @@ from danlu import console, hardware
 from danlu.adapters import training as adapters
 from danlu.errors import DanluError
 from danlu.formats.card import Stage
-from danlu.models.load import load_model
+from danlu.models.load import load_model, read_config
 from danlu.models.transformer import Transformer
 from danlu.posttraining.config import JudgedConfig
 from danlu.posttraining.preferences import BATCH_SIZE, Group, GroupBatch, GroupStream, Judged, batch_of
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.loop import LossSum, Trainer
 from danlu.training.metrics import Numbers
+from danlu.training.task import first_examples
 
 T = TypeVar("T", bound=Transformer)
 
@@ -148,12 +149,16 @@ def train_on_judged(
         console.note(f"{config.out}: already made, nothing to do")
         return config.out
     with stage.preparing():
+        if config.seq_len > (context := read_config(config.model).context):
+            raise DanluError(
+                f"seq_len ({config.seq_len}) is longer than the context of {config.model} ({context}); lower it"
+            )
         torch.manual_seed(config.seed)  # a fresh head is drawn from it
         task = prepare(Tokenizer.load(config.model))
     model, tokenizer, held_out = task.model, task.tokenizer, task.judged.held_out
     rows = GroupStream(task.judged.train, seed=config.seed, pad_id=tokenizer.pad_id)
     loss = StepLoss(task.judge)
-    measured = _some(held_out, config.heldout_tokens)
+    measured = first_examples(held_out, config.heldout_tokens, lambda group: group.n_tokens)
     optimizer = "adamw" if config.optimizer == "auto" else config.optimizer
     trainer = Trainer(
         dataclasses.replace(config, compile="never", optimizer=optimizer),  # rows are of all lengths
@@ -191,15 +196,10 @@ def open_model(
         options: of :func:`~danlu.models.load.load_model`.
 
     Raises:
-        DanluError: as :func:`~danlu.models.load.load_model`; rows may be longer than the model can read.
+        DanluError: as :func:`~danlu.models.load.load_model`, and as :func:`~danlu.adapters.training.begin_adapter`.
     """
     compute_dtype = hardware.DTYPES[hardware.pick_precision(config.precision, hardware.pick_device(config.device))]
     model = load_model(config.model, kind, dtype=adapters.base_dtype(config, compute_dtype), **options)
-    if config.seq_len > model.config.context:
-        raise DanluError(
-            f"seq_len ({config.seq_len}) is longer than the context of {config.model} ({model.config.context}); "
-            "lower it"
-        )
     if config.adapter == "none":
         return model, tokenizer, {}
     tokenizer, details = adapters.begin_adapter(config, model, tokenizer, seed=config.seed)
@@ -227,14 +227,3 @@ def learning_rates(
         "norm_lr": config.norm_lr or rate,
         "head_lr": config.head_lr or head * rate,
     }
-
-
-def _some(groups: Sequence[Group], tokens: int) -> list[Group]:
-    """The first groups, up to about so many tokens."""
-    found: list[Group] = []
-    for group in groups:
-        if tokens <= 0:
-            break
-        found.append(group)
-        tokens -= group.n_tokens
-    return found

@@ -70,10 +70,12 @@ class Lesson:
         slots_n = (batch.targets != IGNORE).flatten().nonzero().squeeze(1)
         targets_n = batch.targets.flatten()[slots_n]
         watched = nullcontext() if self.matching is None else self.matching.watching(student, self.teacher)
+        hard_share = 0.0 if taught.own else self.hard_share
         with watched as seen:
             hidden_nd = _hidden(student, batch).flatten(0, 1)[slots_n]
-            theirs = self._theirs(taught, slots_n)
-        loss_sum = partial(self._loss_sum, 0.0 if taught.own else self.hard_share)
+            needed = hard_share < 1 or self.matching is not None  # else the teacher need not be asked
+            theirs = self._theirs(taught, slots_n) if needed else ()
+        loss_sum = partial(self._loss_sum, hard_share)
         total = _in_parts(loss_sum, student.config.vocab_size, hidden_nd, targets_n, *theirs)
         if self.matching is not None and seen is not None:
             visible = visible_pairs(batch.segments, causal=True)
@@ -89,6 +91,8 @@ class Lesson:
 
     def _loss_sum(self, hard_share: float, hidden_nd: Tensor, targets_n: Tensor, *theirs: Tensor) -> Tensor:
         logits_nv = self.student.head(hidden_nd)
+        if hard_share == 1:
+            return next_token_nll_sum(logits_nv, targets_n)
         if self.cache is None:
             with torch.no_grad():
                 teacher_nv = self.teacher.head(*theirs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from danlu.config import option
+from danlu.posttraining.verifiers.config import SandboxOptions
 
 Variant = Literal["grpo", "dapo", "dr-grpo", "rloo", "reinforce++"]
 
@@ -21,7 +22,7 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
+class PolicyOptions(SandboxOptions):
     """What GRPO and PPO have in common, then what each has alone."""
 
     reward: tuple[str, ...] = option(
@@ -72,11 +73,6 @@ class PolicyOptions:
     value_clip: float | None = option(0.2, "ppo: how far a value may move in one draw; none: as far as it will.", gt=0)
     value_weight: float = option(0.1, "ppo: weight of the critic's loss.", ge=0)
     critic: Path | None = option(None, "ppo: reward model that the critic starts as; none: the model, with a new head.")
-    sandbox_seconds: float = option(5.0, "grpo, ppo: time of a verifier for an answer.", unit="seconds", gt=0, le=600)
-    sandbox_memory: int = option(512, "grpo, ppo: memory of a verifier for an answer.", unit="MiB", ge=128)
-    allow_weak_sandbox: bool = option(
-        False, "grpo, ppo: run code of answers although this machine cannot lock it in; see `danlu doctor`."
-    )
 
     def policy_problems(self, method: str) -> list[str]:
         """What cannot be right between these options."""

@@ -21,11 +21,15 @@ from danlu.posttraining.rollouts import Rollout
 
 
 class ActorCritic(nn.Module):
-    """Two models that are trained together; what the training loop asks of a model, it asks of both."""
+    """Two models that are trained together; what the training loop asks of a model, it asks of both.
 
-    def __init__(self, actor: CausalLM, critic: RewardModel) -> None:
+    Args:
+        details: what the critic's card shall say.
+    """
+
+    def __init__(self, actor: CausalLM, critic: RewardModel, details: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.actor, self.critic = actor, critic
+        self.actor, self.critic, self.details = actor, critic, details or {}
         self.config = actor.config
 
     @property

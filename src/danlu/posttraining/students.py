@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
@@ -22,6 +22,7 @@ from danlu.models.load import load_model
 from danlu.models.transformer import Transformer
 from danlu.nn.config import ModelConfig
 from danlu.posttraining.distil_config import DistilConfig
+from danlu.posttraining.narrowing import cut_weights
 from danlu.tokenizer.tokenizer import Tokenizer
 
 S = TypeVar("S", bound=Transformer)
@@ -38,9 +39,6 @@ FIELDS = {
 
 BY_LAYER = ("layer_types", "no_rope_layers")
 """Fields of `config.json` that hold one value for each layer."""
-
-TABLES = ("embed.weight", "embed_positions.weight", "embed_types.weight")
-"""What a narrower student gets a projection of: these are added up, so all are projected alike."""
 
 STD = 0.02
 """Of the fresh weights of an encoder, as BERT's."""
@@ -66,8 +64,8 @@ def make_student(config: DistilConfig, teacher: S, tokenizer: Tokenizer, **optio
                 f"{teacher.config.vocab_size:,}; probabilities are compared row by row"
             )
         return student
-    if config.from_scratch:
-        return new_student(teacher, **config.shape, seed=config.seed)
+    if config.shape:
+        return new_student(teacher, **config.shape, init=config.init, seed=config.seed)
     n_layers = teacher.config.n_layers
     if config.keep_layers is not None and config.keep_layers > n_layers:
         raise DanluError(f"keep_layers is {config.keep_layers}, and {config.teacher} has {n_layers} layers")
@@ -137,17 +135,18 @@ def new_student(
     n_kv_heads: int | None = None,
     head_dim: int | None = None,
     ffn_dim: int | None = None,
+    init: Literal["teacher", "random"] = "teacher",
     seed: int = 0,
 ) -> S:
-    """A fresh model of the teacher's family. What is not given keeps the teacher's proportions; embedding, head and
-    other weights outside the layers are the teacher's where their shapes are the same. A narrower student begins with
-    the teacher's embedding along its principal directions.
+    """A new model of the teacher's family. What is not given keeps the teacher's proportions.
 
     Args:
         size: number of layers; the width is then 64 times as much, unless ``dim`` says otherwise. Default: as many
             layers as the teacher has.
         dim: width; default the teacher's, or that of ``size``.
-        seed: of the fresh weights.
+        init: teacher: it begins with the teacher's weights, cut to its shape (:func:`cut_weights`), where it is not
+            wider; random: with none.
+        seed: of the random weights, which is what heads of another width begin with in any case.
 
     Raises:
         DanluError: there is no such model in this family.
@@ -172,25 +171,9 @@ def new_student(
         student.init_weights(generator)
     else:
         _draw(student, generator)
-    given = dict(teacher.named_parameters())
-    with torch.no_grad():
-        directions_dk = principal_directions(teacher.embed.weight, width) if width < theirs.dim else None
-        for name, weight in student.named_parameters():
-            if name.startswith("layers."):
-                continue
-            if given[name].shape == weight.shape:
-                weight.copy_(given[name])
-            elif directions_dk is not None and name in TABLES:
-                weight.copy_(given[name] @ directions_dk)
+    if init == "teacher" and width <= theirs.dim:
+        cut_weights(teacher, student, layers)
     return student
-
-
-def principal_directions(table_vd: Tensor, k: int) -> Tensor:
-    """The k orthonormal directions, (dim, k), in which the rows of a table differ most: projected on them it keeps as
-    much of its squares as k numbers a row can hold (Eckart and Young 1936)."""
-    gram = table_vd.double().T @ table_vd.double()
-    directions_dd: Tensor = torch.linalg.eigh(gram).eigenvectors  # in rising order
-    return directions_dd.flip(1)[:, :k].to(table_vd.dtype)
 
 
 def _draw(student: Transformer, generator: torch.Generator) -> None:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from danlu.errors import DanluError
 from danlu.formats.mapped import forget
 from danlu.models.load import Model
-from danlu.nn.linear import Linear
+from danlu.nn.linear import Linear, product
 from danlu.nn.moe import MoE
 from danlu.quantization.nf4 import NF4Tensor, dequantize_nf4, quantize_nf4
 
@@ -92,12 +91,12 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packed: NF4Tensor) -> Tensor:
         ctx.packed = packed
-        return F.linear(x, dequantize_nf4(packed, x.dtype), bias)
+        return product(x, dequantize_nf4(packed, x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = grad_y @ dequantize_nf4(ctx.packed, grad_y.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = product(grad_y, dequantize_nf4(ctx.packed, grad_y.dtype).T) if ctx.needs_input_grad[0] else None
         grad_bias = grad_y.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 

@@ -20,7 +20,8 @@ from danlu import console
 from danlu.recipe.config import QuickstartConfig, RunConfig
 from danlu.recipe.run import run_recipe
 from danlu.report.lineage import Evaluation, find_evaluations, read_lineage
-from danlu.report.numbers import decimal, duration, percent, size
+from danlu.report.numbers import MISSING, decimal, duration, size
+from danlu.report.scores import score_rows
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
@@ -39,7 +40,7 @@ def quickstart(config: QuickstartConfig) -> Made:
         config: see :class:`QuickstartConfig`.
 
     Returns:
-        The folder of the fine-tuned model, and the HTML report.
+        The folder of the model that has learned from its own answers (GRPO), and the HTML report.
 
     Raises:
         Problems: impossible options, all at once, before any work starts.
@@ -49,11 +50,14 @@ def quickstart(config: QuickstartConfig) -> Made:
     started = time.monotonic()
     if config.size is None:
         config = dataclasses.replace(config, size=_fitting_size())
+    if config.student_dim is None:
+        config = dataclasses.replace(config, student_dim=32 * (config.size or 1))
     run_recipe(RunConfig(recipe=RECIPE, overrides=tuple(_as_vars(config))))
-    made = Made(config.out / "model", config.out / "report.html")
+    made = Made(config.out / "grpo", config.out / "report.html")
+    told = (config.out / "student", config.out / "ppo")
     lines = [
         "",
-        *_scores(find_evaluations(made.model, read_lineage(made.model))),
+        *_scores(find_evaluations(told, read_lineage(*told))),
         f"time: {duration(time.monotonic() - started)}; peak memory: {size(peak_memory())}",
         "",
         f"model:  {made.model}",
@@ -82,10 +86,12 @@ def _as_vars(config: QuickstartConfig) -> list[str]:
 def _scores(evaluations: list[Evaluation]) -> list[str]:
     """One line a stage."""
     lines = []
-    for evaluation in evaluations:
-        metrics = evaluation.card.metrics
-        bits, parse = decimal(metrics.get("bits_per_byte")), percent(metrics.get("parse_rate"))
-        lines.append(f"{evaluation.label + ':':<13}{bits} bits per held-out byte; {parse} of its functions parse")
+    for row in score_rows(evaluations):
+        bits = decimal(row.evaluation.card.metrics.get("bits_per_byte"))
+        change = f", {row.change}" if row.change != MISSING else ""
+        lines.append(
+            f"{row.evaluation.label + ':':<13}{bits} bits per held-out byte; {row.parsed} of its functions parse{change}"
+        )
     for evaluation in evaluations:
         if (primed := (evaluation.card.metrics.get("compressors") or {}).get("xz_primed")) is not None:
             lines.append(

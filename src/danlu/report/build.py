@@ -7,7 +7,7 @@ says so to the browser.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from danlu import config as configs
 from danlu.formats.card import Card
 from danlu.report import numbers
 from danlu.report.config import ReportConfig
-from danlu.report.figures import Curve, draw_curves
 from danlu.report.graph import Node, draw_graph
 from danlu.report.lineage import Artifact, Evaluation, find_evaluations, read_lineage
-from danlu.training.metrics import read_metrics
+from danlu.report.scores import score_bars, score_rows, side_by_side
+from danlu.report.trainings import Training, is_policy, way_of_learning
 
 MAX_TEXT = 2_000
 """Letters of a sample that are shown; samples are there to be glanced at."""
@@ -37,8 +37,8 @@ def build_report(config: ReportConfig) -> Path:
         DanluError: the folder has no card, a given evaluation is none, or the page cannot be written.
     """
     config = configs.validate(config)
-    lineage = read_lineage(config.model)
-    evaluations = find_evaluations(config.model, lineage, config.evaluations)
+    lineage = read_lineage(config.model, *config.beside)
+    evaluations = find_evaluations([config.model, *config.beside], lineage, config.evaluations)
     if not evaluations:
         console.warn(
             f"{config.model}: no evaluation of this model was found; the report has no scores. Run danlu evaluate first"
@@ -71,13 +71,19 @@ def render(config: ReportConfig, lineage: list[Artifact], evaluations: list[Eval
         made=[artifact for artifact in lineage if artifact.card],
         total_seconds=sum(a.card.seconds for a in lineage if a.card),
         tiles=key_figures(model.card, lineage, evaluations),
+        what=what_it_is(model.card),
         scores=score_bars(evaluations),
+        score_rows=score_rows(evaluations),
         comparable=len({i.fingerprint for e in evaluations for i in e.card.inputs if i.role == "data"}) <= 1,
         evaluations=evaluations,
         functions=side_by_side(evaluations, config.samples),
         datasets=[DataPart(a.name, a.card) for a in lineage if a.card and a.card.kind == "data"],
         tokenizers=[a for a in lineage if a.card and a.card.kind == "tokenizer"],
-        trainings=[Training.of(a) for a in lineage if a.card and a.card.kind == "model" and "steps" in a.card.metrics],
+        trainings=[
+            Training.of(a, config.samples)
+            for a in lineage
+            if a.card and a.card.kind in ("model", "adapter") and "steps" in a.card.metrics
+        ],
         graph=lineage_graph(lineage),
         stages=[Stage(a.name, a.card, evaluation=False) for a in lineage if a.card]
         + [Stage(f"evaluation, {e.label}", e.card, evaluation=True) for e in evaluations],
@@ -88,6 +94,16 @@ def cut(text: object, letters: int = MAX_TEXT) -> str:
     """A text, shortened where it is long."""
     whole = str(text)
     return whole if len(whole) <= letters else whole[:letters] + " …"
+
+
+def what_it_is(card: Card) -> str:
+    """What a reader calls the folder."""
+    if card.kind == "adapter":
+        return "An adapter"
+    if card.verb == "reward":
+        return "A reward model"
+    tasks = {"classify": "A classifier", "tag": "A tagger", "seq2seq": "An encoder-decoder"}
+    return tasks.get(str(card.config.get("task")), "A language model")
 
 
 @dataclass
@@ -113,6 +129,7 @@ def key_figures(card: Card, lineage: list[Artifact], evaluations: list[Evaluatio
         first, last = wrote[0], wrote[-1]
         before = f"{numbers.percent(first.card.metrics.get('parse_rate'))} {first.label}" if first is not last else ""
         tiles.append(Tile("of its functions parse", numbers.percent(last.card.metrics.get("parse_rate")), before))
+    tiles += _learned(card)
     trained = [a.card for a in lineage if a.card and a.card.metrics.get("steps")]
     if "parameters" in card.metrics:
         tiles.append(Tile("parameters", numbers.count(card.metrics["parameters"]), _shape(card)))
@@ -128,84 +145,30 @@ def key_figures(card: Card, lineage: list[Artifact], evaluations: list[Evaluatio
     return tiles
 
 
+def _learned(card: Card) -> list[Tile]:
+    """What came of post-training, in a figure or two."""
+    metrics, tiles = card.metrics, []
+    if is_policy(card) and metrics.get("heldout_reward") is not None:
+        before = numbers.decimal(metrics.get("heldout_reward_before"))
+        remark = f"{before} before {way_of_learning(card)}"
+        tiles.append(Tile("held-out reward", numbers.decimal(metrics["heldout_reward"]), remark))
+    if metrics.get("heldout_accuracy") is not None:
+        judged = card.verb in ("align", "reward")
+        label = "of held-out comparisons right" if judged else "of held-out rows right"
+        tiles.append(Tile(label, numbers.percent(metrics["heldout_accuracy"], 1)))
+    if metrics.get("smaller_by") is not None:
+        keeps = numbers.percent(metrics.get("share_of_teacher"))
+        remark = "" if keeps == numbers.MISSING else f"and keeps {keeps} of its lead over chance"
+        tiles.append(Tile("smaller than its teacher", numbers.percent(metrics["smaller_by"]), remark))
+    if isinstance(adapter := card.details.get("adapter"), dict):
+        tiles.append(Tile("of the weights trained", numbers.percent(adapter.get("trained_share"), 2)))
+    return tiles
+
+
 def _shape(card: Card) -> str:
     shape = card.details.get("model_config", {})
     layers, dim = shape.get("n_layers"), shape.get("dim")
     return f"{layers} layer{'s'[: layers > 1]}, {dim} wide" if layers and dim else ""
-
-
-@dataclass
-class Bar:
-    """One line of the score chart; ``share`` is its length as a share of the longest, in percent."""
-
-    label: str
-    value: float
-    kind: str
-    share: float = 0.0
-
-
-_COMPRESSORS = {
-    "gzip": "gzip -9",
-    "xz": "xz -9e",
-    "xz_primed": "xz -9e primed with the training text",
-}
-
-
-def score_bars(evaluations: list[Evaluation]) -> list[Bar]:
-    """Bits per byte of the compressors and of the model at each stage, worst first within each group."""
-    bars = []
-    compressors: dict[str, Any] = {}
-    for evaluation in evaluations:
-        compressors |= evaluation.card.metrics.get("compressors") or {}
-    for key, label in _COMPRESSORS.items():
-        if key in compressors:
-            bars.append(Bar(label, float(compressors[key]), "compressor"))
-    for evaluation in evaluations:
-        if "bits_per_byte" in evaluation.card.metrics:
-            bars.append(Bar(evaluation.label, float(evaluation.card.metrics["bits_per_byte"]), "model"))
-    longest = max((bar.value for bar in bars), default=1.0) or 1.0
-    for bar in bars:
-        bar.share = round(100 * bar.value / longest, 2)
-    return bars
-
-
-@dataclass
-class Completion:
-    """What one stage made of one function."""
-
-    label: str
-    text: str
-    parses: bool
-    compiles: bool
-
-
-@dataclass
-class Function:
-    """One held-out function: what the models were given, what they wrote, what stands in the file."""
-
-    where: str
-    prompt: str
-    reference: str
-    completions: list[Completion] = field(default_factory=list)
-
-
-def side_by_side(evaluations: list[Evaluation], most: int) -> list[Function]:
-    """Functions that every stage was asked to write, in the order of the last evaluation."""
-    if not evaluations:
-        return []
-    by_stage = [{(s["path"], s["name"]): s for s in e.card.details.get("samples", [])} for e in evaluations]
-    functions: list[Function] = []
-    for key, sample in by_stage[-1].items():
-        if len(functions) == most:
-            break
-        if not all(key in samples for samples in by_stage):
-            continue
-        function = Function(f"{sample['path']}: {sample['name']}", sample["prompt"], sample.get("reference", ""))
-        for evaluation, samples in zip(evaluations, by_stage, strict=True):
-            its = samples[key]
-            function.completions.append(Completion(evaluation.label, its["completion"], its["parses"], its["compiles"]))
-        functions.append(function)
-    return functions
 
 
 @dataclass
@@ -236,22 +199,6 @@ class DataPart:
 
 
 @dataclass
-class Training:
-    """A training run's card with its curves."""
-
-    name: str
-    card: Card
-    curves: list[Curve]
-
-    @classmethod
-    def of(cls, artifact: Artifact) -> Training:
-        """Curves are drawn if the folder is still there."""
-        assert artifact.card is not None
-        rows = read_metrics(artifact.folder / "metrics.jsonl") if artifact.folder else []
-        return cls(artifact.name, artifact.card, draw_curves(rows))
-
-
-@dataclass
 class Stage:
     """One card's exact config and versions."""
 
@@ -272,6 +219,11 @@ def lineage_graph(lineage: list[Artifact]) -> Any:
         if artifact.card is None:
             nodes.append(Node(artifact.fingerprint, artifact.name, "given", "given"))
             continue
-        nodes.append(Node(artifact.fingerprint, artifact.name, artifact.card.verb, artifact.card.kind))
+        nodes.append(Node(artifact.fingerprint, artifact.name, _how(artifact.card), artifact.card.kind))
         edges += [(fingerprint, artifact.fingerprint) for _, fingerprint in artifact.inputs]
     return draw_graph(nodes, edges)
+
+
+def _how(card: Card) -> str:
+    """The verb, and of several methods which."""
+    return f"{card.verb}, {way_of_learning(card)}" if card.verb == "align" else card.verb

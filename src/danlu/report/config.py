@@ -13,7 +13,7 @@ class ShowConfig:
     """What `danlu show` takes."""
 
     folder: Path = option(
-        REQUIRED, "A data, tokenizer, model or evaluation folder, made by danlu or not.", positional=True
+        REQUIRED, "A data, tokenizer, model, adapter or evaluation folder, made by danlu or not.", positional=True
     )
     json: bool = option(False, "Print JSON instead of tables.")
 
@@ -29,4 +29,7 @@ class ReportConfig:
         "Evaluation folders to use; by default those in or beside the model folder that measured it or its forebears.",
     )
     title: str | None = option(None, "Heading of the page; by default the name of the model folder.")
-    samples: int = option(6, "Most functions whose completions are shown side by side.", ge=0, le=100)
+    beside: tuple[Path, ...] = option(
+        (), "Other model folders to tell about with it, such as one that another method made from the same model."
+    )
+    samples: int = option(6, "Most functions and prompts whose answers are shown side by side.", ge=0, le=100)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import math
 import re
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 MAX_POINTS = 300
 """A curve of 340 pixels cannot show more; longer logs are averaged over equal stretches."""
@@ -27,38 +27,73 @@ _WIDTH, _HEIGHT = 4.6, 2.0  # inches at 72 dots
 
 @dataclass
 class Curve:
-    """One figure with the words that belong to it; ``note`` is the number to remember."""
+    """One figure with the words that belong to it; ``notes`` are the numbers to remember, one for each line."""
 
     title: str
-    note: str
+    notes: list[str]
     svg: Markup
 
 
-def _last(values: Sequence[float]) -> float:
+def last(values: Sequence[float]) -> float:
+    """The last of some values."""
     return values[-1]
 
 
-PANELS: tuple[tuple[str, str, str, Callable[[Sequence[float]], float]], ...] = (
-    ("loss", "Training loss", "last {:.3f} nats per token", _last),
-    ("heldout_bits_per_byte", "Held out", "last {:.4f} bits per byte", _last),
-    ("lr", "Learning rate", "peak {:.2g}", max),
-    ("tokens_per_second", "Throughput", "median {:,.0f} tokens/s", statistics.median),
-)
-"""(key in metrics.jsonl, title, note, what the note tells) of what is drawn, where the log has it."""
+@dataclass(frozen=True)
+class Panel:
+    """What is drawn into one figure.
+
+    Attributes:
+        lines: key in metrics.jsonl -> its note, a format of what ``tell`` makes of the line's values. The first line is
+            the one that matters; a second is drawn beside it, quietly.
+        from_zero: whether the axis begins at 0, for rates and shares that are compared by their height.
+    """
+
+    title: str
+    lines: Mapping[str, str]
+    tell: Callable[[Sequence[float]], float] = last
+    from_zero: bool = False
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def draw_curves(rows: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[Curve]:
     """Curves over the training steps; a quantity logged fewer than twice has none."""
     curves = []
-    end = max((row["step"] for row in rows if _is_number(row.get("step"))), default=0)
-    for key, title, note, tell in PANELS:
-        points = [(row["step"], row[key]) for row in rows if _is_number(row.get("step")) and _is_number(row.get(key))]
-        if len(points) >= 2:
-            curves.append(Curve(title, note.format(tell([value for _, value in points])), _line(points, key, end)))
+    end = max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
+    for panel in panels:
+        lines = {}
+        for key in panel.lines:
+            points = [(row["step"], row[key]) for row in rows if is_number(row.get("step")) and is_number(row.get(key))]
+            if len(points) >= 2:
+                lines[key] = points
+        if lines:
+            notes = [panel.lines[key].format(panel.tell([y for _, y in points])) for key, points in lines.items()]
+            notes = [note.replace("%", " %") for note in notes]  # as numbers.percent has it
+            svg = _lines(list(lines.values()), panel.title, end, panel.from_zero)
+            curves.append(Curve(panel.title, notes, svg))
     return curves
 
 
-def _is_number(value: object) -> bool:
+def draw_reliability(table: Sequence[Mapping[str, Any]], note: str) -> Curve | None:
+    """How often what was given a probability did happen, beside the diagonal on which it should lie."""
+    points = [
+        (row["probability"], row["share"])
+        for row in table
+        if is_number(row.get("probability")) and is_number(row.get("share"))
+    ]
+    if not points:
+        return None
+    with _figure("calibration") as (figure, axes):
+        low = min(0.5, *(x for x, _ in points))
+        axes.plot([low, 1], [low, 1], color=_TEXT, linewidth=1)
+        axes.plot(*zip(*points, strict=True), color=_LINE, linewidth=1.5, marker="o", markersize=3, clip_on=False)
+        axes.set_xlim(low, 1)
+        axes.set_ylim(0, 1.05)
+        svg = _svg(figure, "share that was right over the probability given")
+    return Curve("Calibration", [note, "as it should be"], svg)
+
+
+def is_number(value: object) -> bool:
+    """A finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -72,43 +107,54 @@ def thin(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[
     return [*means[:-1], points[-1]]
 
 
-def _line(points: Sequence[tuple[float, float]], key: str, end: float) -> Markup:
+def _lines(lines: Sequence[Sequence[tuple[float, float]]], title: str, end: float, from_zero: bool) -> Markup:
+    with _figure(title) as (figure, axes):
+        kept = [thin(points) for points in lines]
+        for number, points in reversed(list(enumerate(kept))):
+            xs, ys = zip(*points, strict=True)
+            marker = "o" if len(points) < 25 and number == 0 else ""
+            ink, width = (_LINE, 1.5) if number == 0 else (_TEXT, 1.0)
+            axes.plot(xs, ys, color=ink, linewidth=width, marker=marker, markersize=3, clip_on=False)
+        axes.xaxis.set_major_locator(_ticks(integer=True))
+        if from_zero:
+            axes.set_ylim(0, 1.15 * max(y for points in kept for _, y in points) or 1)
+        axes.set_xlim(0, end)
+        return _svg(figure, f"{title} over steps")
+
+
+@contextmanager
+def _figure(salt: str) -> Iterator[tuple[Any, Any]]:
+    """A small figure and its axes, with nothing but light rules."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    kept = thin(points)
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": key, "font.size": 9, "axes.unicode_minus": True}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9, "axes.unicode_minus": True}
     with rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT))
         figure.subplots_adjust(left=0.09, right=0.965, top=0.96, bottom=0.13)
         axes = figure.add_subplot()
-        marker = "o" if len(kept) < 25 else ""
-        axes.plot(
-            [x for x, _ in kept],
-            [y for _, y in kept],
-            color=_LINE,
-            linewidth=1.5,
-            marker=marker,
-            markersize=3,
-            clip_on=False,
-        )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(_RULE)
         axes.tick_params(colors=_TEXT, length=0, pad=4)
         axes.grid(axis="y", color=_RULE, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(_ticks())
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.yaxis.set_major_formatter(lambda value, _: short(value))
-        if key in ("lr", "tokens_per_second"):
-            axes.set_ylim(0, 1.15 * max(y for _, y in kept) or 1)
-        axes.set_xlim(0, end)
-        drawn = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
-    return _for_page(drawn.getvalue(), f"{key} over steps")
+        yield figure, axes
+
+
+def _ticks(**options: Any) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4, **options)
+
+
+def _svg(figure: Any, label: str) -> Markup:
+    drawn = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(drawn, format="svg", transparent=True, metadata=nothing)
+    return _for_page(drawn.getvalue(), label)
 
 
 def short(value: float) -> str:
@@ -134,5 +180,5 @@ def _for_page(svg: str, label: str) -> Markup:
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg)
     for placeholder, variable in _INK.items():
         svg = svg.replace(placeholder, variable)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     return Markup(re.sub(r">\s+<", "><", svg).strip())

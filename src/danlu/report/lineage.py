@@ -6,7 +6,7 @@ still be found are needed for one thing only: the step-by-step metrics that the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,15 +47,19 @@ class Evaluation:
     """What readers call the measured model: untrained, pre-trained, fine-tuned."""
 
 
-def read_lineage(folder: str | Path) -> list[Artifact]:
+def read_lineage(folder: str | Path, *beside: str | Path) -> list[Artifact]:
     """Everything that went into a folder, oldest first; the folder itself is the last.
 
+    Args:
+        beside: folders whose lineages are told with it, such as another model made from the same one.
+
     Raises:
-        DanluError: the folder has no card.
+        DanluError: a folder has no card.
     """
     found: dict[str, Artifact] = {}
-    root = Path(folder)
-    _collect(Card.load(root), str(root), root, found)
+    for root in map(Path, (*beside, folder)):
+        last = _collect(Card.load(root), str(root), root, found)
+    found[last.fingerprint] = found.pop(last.fingerprint)
     return list(found.values())
 
 
@@ -87,20 +91,22 @@ def _locate(item: Input, user: Path | None) -> Path | None:
     return None
 
 
-def find_evaluations(folder: str | Path, lineage: list[Artifact], given: Iterable[Path] = ()) -> list[Evaluation]:
+def find_evaluations(
+    folders: Sequence[str | Path], lineage: list[Artifact], given: Iterable[Path] = ()
+) -> list[Evaluation]:
     """The evaluations of a model and its forebears, in the order the models came to be.
 
     Args:
-        folder: the model folder; without ``given``, its sub-folders and its neighbours are looked through.
+        folders: model folders; without ``given``, their sub-folders and their neighbours are looked through.
         given: evaluation folders named by the user; only these are then used.
 
     Raises:
         DanluError: a given folder is not an evaluation.
     """
-    root = Path(folder).absolute()
     named = list(given)
+    places = {place for folder in folders for place in (Path(folder).absolute().parent, Path(folder).absolute())}
     evaluations: list[Evaluation] = []
-    for candidate in named or sorted(p for place in (root.parent, root) for p in place.iterdir() if p.is_dir()):
+    for candidate in named or sorted({path for place in places for path in place.iterdir() if path.is_dir()}):
         card = Card.load(candidate) if named else _card_or_none(candidate)
         if card is None or card.kind != "evaluation":
             if named:
@@ -109,8 +115,13 @@ def find_evaluations(folder: str | Path, lineage: list[Artifact], given: Iterabl
         model = _measured_model(card, candidate)
         if model is not None and (named or _belongs(model, lineage)):
             evaluations.append(Evaluation(card, model))
-    order = {artifact.fingerprint: index for index, artifact in enumerate(lineage)}
-    evaluations.sort(key=lambda e: (not e.model.is_untrained(), order.get(e.model.fingerprint, -1), e.card.created))
+    order = {artifact.fingerprint: float(index) for index, artifact in enumerate(lineage)}
+
+    def place(model: Artifact) -> float:
+        """One that is no part of the lineage comes behind what it was made from."""
+        return order.get(model.fingerprint, max((order.get(f, -1) for _, f in model.inputs), default=-1) + 0.5)
+
+    evaluations.sort(key=lambda e: (not e.model.is_untrained(), place(e.model), e.card.created))
     latest = {e.model.fingerprint: e for e in evaluations}  # of several evaluations of one model the newest counts
     evaluations = [e for e in evaluations if latest[e.model.fingerprint] is e]
     names = [_stage_name(e.model) for e in evaluations]
@@ -147,4 +158,7 @@ def _stage_name(model: Artifact) -> str:
     if model.is_untrained():
         return "untrained"
     verb = model.card.verb if model.card else ""
-    return {"pretrain": "pre-trained", "finetune": "fine-tuned"}.get(verb, model.name)
+    names = {"pretrain": "pre-trained", "finetune": "fine-tuned", "distil": "distilled", "merge": "merged"}
+    if verb == "align" and model.card is not None:
+        return str(model.card.config.get("method", verb)).upper()
+    return names.get(verb, model.name)

@@ -87,6 +87,11 @@ def words(key: str) -> str:
     return text[: -len(" held-out")] + ", held out" if text.endswith(" held-out") else text
 
 
+def verifier(spec: object) -> str:
+    """What rewards, without the way to its folder: '0.1*model=runs/reward' -> '0.1*model=reward'."""
+    return re.sub(r"(?<=model=).*/(?=[^/])", "", str(spec), count=1)
+
+
 def visible(token: str) -> str:
     """A token with its white space made visible; long runs of spaces are counted."""
     token = re.sub(r" {5,}", lambda run: f"␣×{len(run[0])}", token)
@@ -100,10 +105,11 @@ def command(card: Card) -> str:
         return f"# made by {card.verb}, which this version of danlu does not have"
     words = ["danlu", *card.verb.split()]
     options: list[str] = []
+    chosen = chosen_options(card)
     for field in dataclasses.fields(verb.config_type()):
-        value = card.config.get(field.name)
-        if field.name not in card.config or field.name == "overwrite" or value == _default(field):
+        if field.name not in chosen:
             continue
+        value = chosen[field.name]
         values = value if isinstance(value, list) else [value]
         if configs.option_of(field).positional:
             words += [str(item) for item in values]
@@ -113,6 +119,19 @@ def command(card: Card) -> str:
             for item in values:
                 options += [f"--{field.name.replace('_', '-')}", str(item)]
     return shlex.join(words + options)
+
+
+def chosen_options(card: Card) -> dict[str, Any]:
+    """The options of a card that are not what they are by default; all of them, of a verb that is not known."""
+    verb = VERB_BY_NAME.get(card.verb)
+    if verb is None:
+        return card.config
+    defaults = {field.name: _default(field) for field in dataclasses.fields(verb.config_type())}
+    return {
+        name: value
+        for name, value in card.config.items()
+        if name != "overwrite" and (name not in defaults or value != defaults[name])
+    }
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

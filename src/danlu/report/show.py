@@ -16,12 +16,18 @@ from danlu.errors import DanluError
 from danlu.formats.card import CARD, RUN, Card, card_if_any
 from danlu.formats.safetensors_header import read_header
 from danlu.report.config import ShowConfig
+from danlu.report.numbers import chosen_options
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
 
-_TELLING = ("parameters", "heldout_bits_per_byte", "bits_per_byte", "vocab_size", "documents_kept", "train_documents")
+ADAPTER_CONFIG = "adapter_config.json"
+
+_TELLING = (
+    "parameters", "heldout_bits_per_byte", "bits_per_byte", "heldout_reward", "heldout_accuracy", "vocab_size",
+    "documents_kept", "train_documents",
+)  # fmt: skip
 """Metrics worth a place in the lineage tree."""
 
 
@@ -45,8 +51,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``kind``, ``card`` (or None), ``unfinished`` (the verb of a run that was not finished, or None),
-        ``model`` (the main numbers of config.json, or None), ``weights`` (:func:`count_weights`, or None), ``files``
-        (name -> bytes; a sub-folder counts as one), ``bytes``, and ``changed`` (files whose size is not the card's).
+        ``model`` (the main numbers of config.json, or None), ``adapter`` (those of adapter_config.json, or None),
+        ``weights`` (:func:`count_weights`, or None), ``files`` (name -> bytes; a sub-folder counts as one), ``bytes``,
+        and ``changed`` (files whose size is not the card's).
     """
     path = Path(folder)
     if not path.is_dir():
@@ -56,13 +63,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
     run = files.read_json(path / RUN) if card is None and (path / RUN).exists() else None
     unfinished = str(run.get("verb")) if isinstance(run, dict) else None
     tensors = sorted(path.glob("*.safetensors"))
+    is_adapter = (path / ADAPTER_CONFIG).exists()
     is_model = (path / "config.json").exists() or tensors or list(path.glob("*.gguf"))
     if card is not None:
         kind: str = card.kind
     elif unfinished is not None:
         kind = "unfinished"
-    elif is_model:
-        kind = "model"
+    elif is_adapter or is_model:
+        kind = "adapter" if is_adapter else "model"
     elif (path / "tokenizer.json").exists():
         kind = "tokenizer"
     else:
@@ -75,6 +83,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
         "card": dataclasses.asdict(card) if card is not None else None,
         "unfinished": unfinished,
         "model": _model_numbers(path / "config.json") if is_model and (path / "config.json").exists() else None,
+        "adapter": _adapter_numbers(path / ADAPTER_CONFIG, card) if is_adapter else None,
         "weights": count_weights(tensors) if tensors else None,
         "files": sizes,
         "bytes": sum(sizes.values()),
@@ -114,6 +123,19 @@ def _model_numbers(path: Path) -> dict[str, Any]:
     return {key: content[key] for key in keys.split() if key in content}
 
 
+def _adapter_numbers(path: Path, card: Card | None) -> dict[str, Any]:
+    """What PEFT's file says, and what share of the weights it is, where its card tells."""
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise DanluError(f"{path}: must hold a JSON object")
+    keys = "base_model_name_or_path peft_type task_type r lora_alpha use_rslora use_dora target_modules modules_to_save"
+    found = {key: content[key] for key in keys.split() if content.get(key) not in (None, False)}
+    told = card.details.get("adapter") if card is not None else None
+    return found | (
+        {key: told[key] for key in ("quantize", "trained_share") if key in told} if isinstance(told, dict) else {}
+    )
+
+
 def _size(path: Path) -> int:
     if path.is_dir():
         return sum(member.stat().st_size for member in path.rglob("*") if member.is_file())
@@ -140,6 +162,8 @@ def _print(found: dict[str, Any]) -> None:
     else:
         console.print("not made by danlu: it has no card")
     sections: list[tuple[str, Table | Tree]] = []
+    if found["adapter"]:
+        sections.append(("adapter", _table(found["adapter"])))
     if found["model"]:
         sections.append(("model", _table(found["model"])))
     if found["weights"]:
@@ -150,7 +174,7 @@ def _print(found: dict[str, Any]) -> None:
         sections.append(("weights", _table(rows)))
     if card is not None:
         sections.append(("metrics", _table(card.metrics)))
-        sections.append(("config", _table(card.config)))
+        sections.append(("config", _table(chosen_options(card))))
         sections.append(("lineage", _tree(card, found["folder"])))
     changed = found["changed"]
     sizes = {

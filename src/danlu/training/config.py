@@ -8,6 +8,7 @@ from typing import Literal
 
 from danlu.adapters.config import AdapterOptions
 from danlu.config import REQUIRED, option
+from danlu.training.heldout_config import HeldOutOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, AdapterOptions):
+class FinetuneConfig(TrainingConfig, HeldOutOptions, AdapterOptions):
     """Fine-tune a model: on chats, instructions or plain text, or to label, tag, translate, summarise."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
@@ -169,16 +170,7 @@ class FinetuneConfig(TrainingConfig, AdapterOptions):
         "What is learned: to go on with a text, labels or numbers of texts, labels of words, or a text for a text "
         "(encoder-decoders).",
     )
-    heldout: Path | None = option(
-        None, "File of held-out rows; without it, a folder's test, dev or validation files, else a share of the rows."
-    )
-    heldout_share: float | None = option(
-        None, "Share of the rows held out, by a hash; default 0.02, for labels and pairs 0.1.", ge=0, lt=1
-    )
     train_on: Literal["assistant", "all"] = option("assistant", "Which tokens of a chat carry loss.")
-    on_error: Literal["stop", "skip"] = option(
-        "stop", "What to do with a row that cannot be used: stop, or skip and count it."
-    )
     lr_scale: float | None = option(
         None,
         "Multiplies the default learning rates: those of pre-training (default 0.1), for labels and pairs those of "
@@ -191,6 +183,13 @@ class FinetuneConfig(TrainingConfig, AdapterOptions):
     )
     router_z_loss: float = option(
         0.0, "Weight of the loss that keeps the logits of a mixture's routers small; 0.001 is usual.", ge=0
+    )
+    neftune_alpha: float = option(
+        0.0,
+        "NEFTune: noise on the embeddings while training, uniform within alpha / sqrt(tokens of the example x width); "
+        "5 to 15 are usual, 0 is none.",
+        ge=0,
+        le=1000,
     )
     batch_size: int = option(0, "Rows per optimizer step, for labels and pairs; 0: 16.", unit="rows", ge=0, le=65536)
     text_column: str = option("", "Column of the texts, words or sources; default: by its usual names.")
@@ -223,8 +222,7 @@ class FinetuneConfig(TrainingConfig, AdapterOptions):
             found.append(f"new_tokens are for task=causal, not {self.task}")
         if self.task != "causal" and self.compile == "always":
             found.append("compile=always is for task=causal: the rows of other tasks are of all lengths")
-        if self.heldout is not None and self.heldout_share is not None:
-            found.append("heldout and heldout_share are both given; choose one")
+        found += self.heldout_problems()
         if self.label_names and self.label_kind == "number":
             found.append("label_names are given, and label_kind=number has no labels")
         if len(set(self.label_names)) < len(self.label_names):
@@ -237,6 +235,7 @@ _ONLY: dict[str, tuple[str, ...]] = {
     "batch_tokens": ("causal",),
     "balance_loss": ("causal",),
     "router_z_loss": ("causal",),
+    "neftune_alpha": ("causal",),
     "heldout": ("classify", "tag", "seq2seq"),
     "batch_size": ("classify", "tag", "seq2seq"),
     "text_column": ("classify", "tag", "seq2seq"),

@@ -94,6 +94,7 @@ def finetune(config: FinetuneConfig) -> Path:
         betas=BETAS if config.adapter == "none" else adapters.BETAS,
         balance_loss=config.balance_loss,
         router_z_loss=config.router_z_loss,
+        neftune_alpha=config.neftune_alpha,
     )  # fmt: skip
     metrics = trainer.run()
     adapters.save_trained(model, config.out, config.model, tokenizer, with_tokenizer=bool(config.new_tokens))

@@ -38,12 +38,17 @@ from danlu.objectives.routing import load_balancing_loss, router_z_loss
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.config import TrainingConfig
+from danlu.training.logprobs import nll_sum
 from danlu.training.metrics import MetricsLog, Numbers
+from danlu.training.neftune import noise_amplitude
 from danlu.training.optim import BETAS, build_optimizers
 from danlu.training.schedule import learning_rate_share, muon_momentum
 
 COMPILE_PAYS_AFTER_MINUTES = 4.0
 """torch.compile takes about half a minute on two cores; on a shorter run it costs more than it saves."""
+
+CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 1 << 25, 1 << 30
+"""Logits of a micro-batch that are compiled as one: 128 MiB in fp32, and 4 GiB. More are made in pieces, uncompiled."""
 
 PLAN = "checkpoints/plan.json"
 """Length of the run in steps, written down before the first one."""
@@ -133,6 +138,7 @@ class Trainer:
         loss_sum: the loss of a batch; None: next tokens of packed text.
         betas: of AdamW.
         balance_loss, router_z_loss: weights of the losses on a mixture's routers (`objectives/routing.py`).
+        neftune_alpha: noise on the embeddings of packed text while it is learned (`training/neftune.py`); 0: none.
         step_numbers: more to log of each step, called after it.
         stop_early: called after it too; why the run should end here, if it should. The model is then written as it is.
     """
@@ -151,6 +157,7 @@ class Trainer:
         betas: tuple[float, float] = BETAS,
         balance_loss: float = 0.0,
         router_z_loss: float = 0.0,
+        neftune_alpha: float = 0.0,
         step_numbers: Callable[[], Numbers] | None = None,
         stop_early: Callable[[], str | None] | None = None,
     ) -> None:
@@ -175,6 +182,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.loss_sum: LossSum = self._packed_nll if loss_sum is None else loss_sum
         self.balance_loss, self.router_z_loss = balance_loss, router_z_loss
+        self.neftune_alpha = neftune_alpha
         self.step_numbers, self.stop_early = step_numbers, stop_early
         self.stopped_early: str | None = None
         self.nll_sum: Callable[[Tensor, Tensor], Tensor] = self._nll_sum
@@ -194,7 +202,7 @@ class Trainer:
         config, out = self.config, self.config.out
         if config.steps != 0:
             files.require_space(out, 16 * self._n_trained() * (config.keep_checkpoints + 1), "checkpoints")
-            self.peak = hardware.matmul_peak(self.dtype, self.device)
+            self.peak = hardware.matmul_peak(hardware.product_dtype(self.dtype, self.device), self.device)
             self._compile()
         plan_file = out / PLAN
         if plan_file.exists():
@@ -318,7 +326,12 @@ class Trainer:
         assert isinstance(self.model, CausalLM)
         learns_routing = torch.is_grad_enabled() and (self.balance_loss or self.router_z_loss)
         routings: list[Routing] | None = [] if learns_routing else None
-        hidden = self.model.hidden_states(batch.ids, batch.positions, batch.segments, routings=routings)
+        noise = None
+        if self.neftune_alpha and self.model.training:
+            noise = noise_amplitude(batch.segments, self.model.config.dim, self.neftune_alpha)
+        hidden = self.model.hidden_states(
+            batch.ids, batch.positions, batch.segments, routings=routings, noise_bt=noise
+        )  # fmt: skip
         nll = self.nll_sum(hidden, batch.targets)
         return nll + self._routing_loss(routings, batch) if routings else nll
 
@@ -330,6 +343,11 @@ class Trainer:
         return batch.n_targets * (self.balance_loss * balance + self.router_z_loss * z)
 
     def _nll_sum(self, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
+        assert isinstance(self.model, CausalLM)
+        return nll_sum(self.model.head, hidden_btd, targets_bt)
+
+    def _nll_sum_at_once(self, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
+        """The same with all logits at once and of one shape, for the compiler, which makes few copies of them."""
         assert isinstance(self.model, CausalLM)
         return next_token_nll_sum(self.model.head(hidden_btd), targets_bt)
 
@@ -375,7 +393,9 @@ class Trainer:
                 keep_out_of_graphs(self.model)
                 for block in self.model.layers:  # one graph serves all blocks: they differ in weights only
                     block.compile(dynamic=False)
-                self.nll_sum = torch.compile(self._nll_sum, dynamic=False)
+                logits = self.micro_rows * self.rows.row_len * self.model.config.vocab_size
+                if logits <= (CPU_LOGITS_AT_ONCE if self.device.type == "cpu" else GPU_LOGITS_AT_ONCE):
+                    self.nll_sum = torch.compile(self._nll_sum_at_once, dynamic=False)
                 self._warm_up()
                 self.compiled = True
             except Exception as error:  # whatever the compiler stumbles over, eager does the same work

@@ -20,8 +20,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
     def __init__(self, out: Path, *, log_to: tuple[str, ...], resume_step: int, config: dict[str, Any]) -> None:
         path = out / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_step] if resume_step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        drop_lines_after(path, resume_step)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self.sinks: list[Callable[[int, Numbers], None]] = []
         self.closers: list[Callable[[], Any]] = [self.file.close]
@@ -73,6 +72,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         trackio.init(project="danlu", name=out.name, config=config, resume="allow")
         self.sinks.append(lambda step, numbers: trackio.log(numbers, step=step))
         self.closers.append(trackio.finish)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Leave the lines of a log up to a step: a killed run may have written more than it goes on from."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.table import Table
@@ -23,6 +23,8 @@ from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.config import FinetuneConfig
 from danlu.training.loop import LossSum, Trainer
 from danlu.training.metrics import Numbers
+
+E = TypeVar("E")
 
 BATCH_SIZE = 16
 BETAS = (0.9, 0.999)
@@ -109,7 +111,7 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
         details = {} if config.adapter == "none" else _begin_adapter(config, task.model, tokenizer)
     batch = config.batch_size or BATCH_SIZE
     rows = PaddedStream(task.train, batch, config.seed, tokenizer.pad_id)
-    measured = first_examples(task.held_out, config.heldout_tokens)
+    measured = first_examples(task.held_out, config.heldout_tokens, len)
     trainer = Trainer(
         dataclasses.replace(config, optimizer="adamw") if config.optimizer == "auto" else config,
         task.model, rows,
@@ -155,14 +157,14 @@ def default_rates(config: FinetuneConfig, model: Model) -> dict[str, float]:
     }
 
 
-def first_examples(examples: Sequence[Example], tokens: int) -> list[Example]:
+def first_examples(examples: Sequence[E], tokens: int, n_tokens: Callable[[E], int]) -> list[E]:
     """The first examples, up to about so many tokens."""
-    found: list[Example] = []
+    found: list[E] = []
     for example in examples:
         if tokens <= 0:
             break
         found.append(example)
-        tokens -= len(example)
+        tokens -= n_tokens(example)
     return found
 
 

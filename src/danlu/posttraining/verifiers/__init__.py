@@ -11,6 +11,7 @@ Verifiers are named by specs, each with a weight where one is wanted::
 | python-tests, python-tests=fraction | 1 where the tests hold, or the share that does | tests; stub, entry_point |
 | math-equal, math-equal=FIELD | 1 where its result is the expected one | answer, or FIELD |
 | json-schema | 1 where it is JSON that the schema admits | schema |
+| rouge-l, rouge-l=FIELD | 0 to 1, how much it has in common with the expected one (ROUGE-L F1) | answer, or FIELD |
 | regex=PATTERN | 1 where the expression is found in it | |
 | think-format, think-format=opened | 0, 1/4, ... 1 for thoughts and answer apart | |
 | package.module:function | what a function of yours gives | any |
@@ -29,8 +30,9 @@ from typing import Self
 
 from danlu.errors import DanluError, MissingExtra, Problems
 from danlu.posttraining.verifiers.base import Judgement, Sample, Verdict, Verifier, no_argument
+from danlu.posttraining.verifiers.config import SandboxOptions
 
-__all__ = ["Judgement", "Sample", "Verdict", "Verifiers"]
+__all__ = ["Judgement", "Sample", "Verdict", "Verifiers", "model_folders"]
 
 WEIGHT = re.compile(r"(-?(?:\d+(?:\.\d*)?|\.\d+))\s*\*\s*(.*)", re.DOTALL)
 
@@ -82,8 +84,7 @@ class Verifiers:
         verifiers: dict[str, tuple[float, Verifier]] = {}
         problems: list[str] = []
         for given in specs:
-            weighted = WEIGHT.fullmatch(given.strip())
-            weight, spec = (float(weighted[1]), weighted[2]) if weighted else (1.0, given.strip())
+            weight, spec = _weight_and_spec(given)
             try:
                 if spec in verifiers:
                     raise DanluError(f"verifier {spec!r}: is named twice; give it one weight")
@@ -97,6 +98,16 @@ class Verifiers:
             opened.close()
             raise DanluError(problems[0]) if len(problems) == 1 else Problems("verifiers:", problems)
         return opened
+
+    @classmethod
+    def within(cls, options: SandboxOptions, specs: Sequence[str]) -> Self:
+        """:meth:`open`, with the limits of a config."""
+        return cls.open(
+            specs,
+            seconds=options.sandbox_seconds,
+            memory_mib=options.sandbox_memory,
+            allow_weak_sandbox=options.allow_weak_sandbox,
+        )
 
     def judge(self, samples: Sequence[Sample]) -> list[Judgement]:
         """A judgement for each answer, whatever it holds."""
@@ -126,6 +137,17 @@ class Verifiers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _weight_and_spec(given: str) -> tuple[float, str]:
+    weighted = WEIGHT.fullmatch(given.strip())
+    return (float(weighted[1]), weighted[2]) if weighted else (1.0, given.strip())
+
+
+def model_folders(specs: Sequence[str]) -> list[Path]:
+    """The reward models that specs name, as far as there are such folders."""
+    named = [_weight_and_spec(given)[1].partition("=") for given in specs]
+    return [path for name, _, folder in named if name == "model" and (path := Path(folder).expanduser()).is_dir()]
 
 
 def make(spec: str, limits: Limits) -> Verifier:
@@ -184,6 +206,12 @@ def _math_equal(spec: str, argument: str | None, limits: Limits) -> Verifier:
     return MathEqual(argument or "answer")
 
 
+def _rouge_l(spec: str, argument: str | None, limits: Limits) -> Verifier:
+    from danlu.posttraining.verifiers.text import RougeL
+
+    return RougeL(argument or "answer")
+
+
 def _json_schema(spec: str, argument: str | None, limits: Limits) -> Verifier:
     from importlib.util import find_spec
 
@@ -223,6 +251,7 @@ MAKERS: dict[str, Callable[[str, str | None, Limits], Verifier]] = {
     "python-parses": _python_parses,
     "python-tests": _python_tests,
     "math-equal": _math_equal,
+    "rouge-l": _rouge_l,
     "json-schema": _json_schema,
     "regex": _regex,
     "think-format": _think_format,

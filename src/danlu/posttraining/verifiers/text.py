@@ -1,4 +1,4 @@
-"""The form of an answer: thoughts and answer apart, or what a regular expression says.
+"""The text of an answer: thoughts and answer apart, likeness to another text, or what a regular expression says.
 
 An expression can take for ever on an answer that is made for it, so that it is tried in a worker (``entry_point.py``).
 """
@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from danlu.posttraining.verifiers.base import Sample, Verdict
+from danlu.evaluation.rouge import rouge_l, tokens
+from danlu.posttraining.verifiers.base import FieldError, Sample, Verdict, text_field, without_thoughts
 
 MAX_ANSWER = 200_000
 """Characters."""
@@ -47,6 +48,33 @@ class ThinkFormat:
         }
         missed = [reason for reason, good in checks.items() if not good]
         return Verdict(1 - len(missed) / len(checks), "; ".join(missed))
+
+    def close(self) -> None:
+        pass
+
+
+class RougeL:
+    """How much the answer has in common with the expected one: ROUGE-L, F1 over words and signs.
+
+    Args:
+        field: of the row that holds the expected answer.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        return [self._one(sample) for sample in samples]
+
+    def _one(self, sample: Sample) -> Verdict:
+        try:
+            wanted = text_field(sample.row, self._field)
+        except FieldError as error:
+            return Verdict(None, str(error))
+        answer = without_thoughts(sample.answer)
+        if max(len(answer), len(wanted)) > MAX_ANSWER:
+            return Verdict(0.0 if len(answer) > MAX_ANSWER else None, f"has more than {MAX_ANSWER} characters")
+        return Verdict(rouge_l(tokens(answer), tokens(wanted)))
 
     def close(self) -> None:
         pass

@@ -1,0 +1,1 @@
+"""`danlu synth`: training data that a teacher writes."""
