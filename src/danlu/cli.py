@@ -25,7 +25,7 @@ import typer
 from danlu import __version__
 from danlu import config as configs
 from danlu.errors import DanluError
-from danlu.verbs import VERBS, Verb
+from danlu.verbs import SPELLINGS, VERB_BY_NAME, VERBS, Verb
 
 _OVERRIDES = "overrides"
 """A positional field of this name takes the `key=value` words as they are (the vars of a recipe)."""
@@ -83,6 +83,9 @@ def build_app(words: Sequence[str] | None = None) -> typer.Typer:
         parent = groups[first[0]] if first else app
         function = _command(verb) if asked else _listed_only
         parent.command(name, help=verb.help, short_help=verb.help, epilog=_EPILOG)(function)
+    for other, listed in SPELLINGS.items():
+        if words is not None and list(words[:1]) == [other]:
+            app.command(other, help=VERB_BY_NAME[listed].help, hidden=True)(_command(VERB_BY_NAME[listed]))
     return app
 
 

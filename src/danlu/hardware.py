@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -102,6 +104,19 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device, so that clocks tell the truth."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep large blocks that are freed instead of giving each back to the system, which then
+    has to clear it page by page when the next step asks for it: training on two cores got 7 to 10 % faster, with the
+    same peak (docs/log.md). For the rest of the process; elsewhere nothing happens."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 64 * 2**20)
 
 
 def total_memory_bytes() -> int:

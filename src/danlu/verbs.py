@@ -106,4 +106,8 @@ VERBS: tuple[Verb, ...] = (
          "Run the stages of a recipe file; finished stages are skipped."),
 )  # fmt: skip
 
+SPELLINGS = {"distill": "distil"}
+"""Names that a verb also answers to, unlisted."""
+
 VERB_BY_NAME = {verb.name: verb for verb in VERBS}
+VERB_BY_NAME |= {other: VERB_BY_NAME[name] for other, name in SPELLINGS.items()}

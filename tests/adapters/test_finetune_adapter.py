@@ -85,7 +85,7 @@ IDS = torch.randint(0, 290, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter": "dora", "rslora": True, "dropout": 0.1}, {"quantize": "nf4", "targets": ("v_proj",)}]
+    "options", [{}, {"adapter": "dora", "rslora": True, "dropout": 0.1}, {"adapter": "qlora", "targets": ("v_proj",)}]
 )
 def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: dict[str, Any]) -> None:
     out = finetune(config("tuned", steps=15, **options))
@@ -97,7 +97,7 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
         math.prod(entry.shape) for entry in read_header(out / "adapter_model.safetensors").entries.values()
     )
     assert card.metrics["parameters"] == load_model(base).num_parameters()
-    assert card.details["adapter"]["kind"] == options.get("adapter", "lora")
+    assert card.details["adapter"]["kind"] == ("dora" if options.get("adapter") == "dora" else "lora")
     assert not (out / "checkpoints").exists()
     assert base_of(out) == base.resolve()
     model, _ = open_adapted(out)
@@ -106,7 +106,7 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
     with torch.no_grad():
         assert (reference(IDS).logits - logits(plain, IDS)).abs().max() < 1e-4
     quantized = (logits(model, IDS) - logits(plain, IDS)).abs().max().item()
-    assert (quantized > 1e-3) == ("quantize" in options)
+    assert (quantized > 1e-3) == (options.get("adapter") == "qlora")
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"quantize": "nf4", "adapter": "dora"}])

@@ -299,3 +299,10 @@ def test_completion_knows_commands_and_options() -> None:
     environment = {**os.environ, "_DANLU_COMPLETE": "complete_bash", "COMP_WORDS": "danlu pull --o", "COMP_CWORD": "2"}
     done = subprocess.run([sys.executable, "-m", "danlu"], env=environment, capture_output=True, text=True, timeout=60)
     assert "--out" in done.stdout.split()
+
+
+def test_a_verb_answers_to_its_other_spelling() -> None:
+    command = [sys.executable, "-m", "danlu", "distill", "teacher", "--data", "x", "--out", "y"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "nothing says what the student is" in result.stderr

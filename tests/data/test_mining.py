@@ -230,7 +230,9 @@ def test_filters_count_and_show_what_they_take(tmp_path: Path) -> None:
     assert metrics["documents_read"] == 2 + sum(f["documents_removed"] for f in filters.values())
     (pair,) = made.documents("train")
     assert pair.kind == "chat"
-    assert pair.meta == {"path": "good.py", "name": "f", "lineno": "1"}
+    stub = pair.meta.pop("stub")
+    assert pair.meta == {"path": "good.py", "name": "f", "lineno": "1", "entry_point": "f"}
+    assert [f.signature for f in functions_with_docstrings(f"{stub}\n    pass")] == ["def f(x):"]
     user, assistant = json.loads(pair.text)["messages"]
     assert (user["role"], assistant["role"]) == ("user", "assistant")
     assert assistant["content"] == "def f(x):\n" + BODY.rstrip()

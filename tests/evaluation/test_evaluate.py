@@ -144,3 +144,15 @@ def test_what_cannot_be_measured_is_told_and_leaves_nothing(config: EvaluateConf
         assert not (config.out / CARD).exists()
         assert not (config.out / RUN).exists()
     evaluate(replace(config, tasks=("compressors",)))  # the folder is still free
+
+
+@pytest.mark.parametrize(("verb", "asked"), [("align", "chat"), ("distil", "chat"), ("pretrain", "plain")])
+def test_models_that_were_taught_to_answer_are_asked(
+    verb: str, asked: str, config: EvaluateConfig, tmp_path: Path
+) -> None:
+    taught = tmp_path / verb
+    shutil.copytree(config.model, taught)
+    card = Card.load(taught)
+    replace(card, verb=verb, fingerprint=verb).save(taught)
+    evaluate(replace(config, model=taught, tasks=("code",), functions=1))
+    assert Card.load(config.out).details["prompt_format"] == asked

@@ -55,9 +55,10 @@ class AdapterShape:
 class AdapterOptions:
     """The same, as verbs take it."""
 
-    adapter: Literal["none", "lora", "dora"] = option(
+    adapter: Literal["none", "lora", "dora", "qlora"] = option(
         "none",
-        "Train a small update of frozen weights instead of all weights; the output is a folder in PEFT's layout.",
+        "Train a small update of frozen weights instead of all weights; the output is a folder in PEFT's layout. qlora: "
+        "lora with quantize=nf4.",
     )
     rank: int | None = option(None, "Rank of the adapter; default 16, or what the budget allows.", ge=1, le=4096)
     alpha: float | None = option(
@@ -110,11 +111,16 @@ class AdapterOptions:
             found.append("new_tokens: a token is empty or comes twice")
         return found
 
+    @property
+    def in_nf4(self) -> bool:
+        """Whether the frozen weights are kept in 4 bits."""
+        return self.adapter == "qlora" or self.quantize == "nf4"
+
     def adapter_shape(self, token_ids: tuple[int, ...] = ()) -> AdapterShape:
         """The adapter asked for; ``token_ids`` are those of ``new_tokens``."""
         assert self.adapter != "none"
         return AdapterShape(
-            self.adapter, self.rank, self.alpha, self.rslora, self.dropout, self.targets,
+            "dora" if self.adapter == "dora" else "lora", self.rank, self.alpha, self.rslora, self.dropout, self.targets,
             None if self.budget is None else parse_share(self.budget), token_ids,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ def base_dtype(options: AdapterOptions, compute_dtype: torch.dtype) -> torch.dty
     as they are stored (mapped, and read as they are needed) where they become NF4."""
     if options.adapter == "none":
         return torch.float32
-    return None if options.quantize != "none" else compute_dtype
+    return None if options.in_nf4 else compute_dtype
 
 
 def with_new_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[Tokenizer, tuple[int, ...]]:
@@ -96,7 +96,7 @@ def begin_adapter(
             raise DanluError("new_tokens are for causal language models")
         tokenizer, ids = with_new_tokens(tokenizer, options.new_tokens)
         enlarge(model, tokenizer.vocab_size)
-    if options.quantize == "nf4":
+    if options.in_nf4:
         from danlu.quantization.nf4_linear import quantize_linears
 
         quantize_linears(model)
@@ -104,7 +104,7 @@ def begin_adapter(
     shape = attach(model, options.adapter_shape(ids), seed=seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return tokenizer, {
-        **dataclasses.asdict(shape), "quantize": options.quantize, "trained_share": trained / total,
+        **dataclasses.asdict(shape), "quantize": "nf4" if options.in_nf4 else "none", "trained_share": trained / total,
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class QuickstartConfig:
     )
     pretrain_minutes: float = option(3.0, "Time for pre-training.", unit="minutes", gt=0)
     finetune_minutes: float = option(1.0, "Time for fine-tuning.", unit="minutes", gt=0)
-    ranked_prompts: int = option(256, "Prompts whose answers are ranked for the reward model.", ge=8)
+    ranked_prompts: int = option(192, "Prompts whose answers are ranked for the reward model.", ge=8)
     policy_steps: int = option(16, "Steps of learning from its own answers, for PPO and for GRPO.", ge=1)
     student_dim: int | None = option(None, "Width of the student at the end. Default: half of its teacher's.", ge=8)
     student_minutes: float = option(0.7, "Time for distillation.", unit="minutes", gt=0)

@@ -166,6 +166,8 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = hardware.pick_device(config.device)
+        if self.device.type == "cpu":
+            hardware.keep_freed_memory()
         self.precision = hardware.pick_precision(config.precision, self.device)
         self.dtype = hardware.DTYPES[self.precision]
         self.model = model.to(self.device).train()
