@@ -57,8 +57,8 @@ class AdapterOptions:
 
     adapter: Literal["none", "lora", "dora", "qlora"] = option(
         "none",
-        "Train a small update of frozen weights instead of all weights; the output is a folder in PEFT's layout. qlora: "
-        "lora with quantize=nf4.",
+        "Train a small update of frozen weights instead of all weights; the output is a folder in PEFT's layout. "
+        "qlora: lora with quantize=nf4.",
     )
     rank: int | None = option(None, "Rank of the adapter; default 16, or what the budget allows.", ge=1, le=4096)
     alpha: float | None = option(
@@ -120,7 +120,8 @@ class AdapterOptions:
         """The adapter asked for; ``token_ids`` are those of ``new_tokens``."""
         assert self.adapter != "none"
         return AdapterShape(
-            "dora" if self.adapter == "dora" else "lora", self.rank, self.alpha, self.rslora, self.dropout, self.targets,
+            "dora" if self.adapter == "dora" else "lora",
+            self.rank, self.alpha, self.rslora, self.dropout, self.targets,
             None if self.budget is None else parse_share(self.budget), token_ids,
         )  # fmt: skip
 

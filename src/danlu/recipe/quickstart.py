@@ -87,11 +87,9 @@ def _scores(evaluations: list[Evaluation]) -> list[str]:
     """One line a stage."""
     lines = []
     for row in score_rows(evaluations):
-        bits = decimal(row.evaluation.card.metrics.get("bits_per_byte"))
+        name, bits = f"{row.evaluation.label}:", decimal(row.evaluation.card.metrics.get("bits_per_byte"))
         change = f", {row.change}" if row.change != MISSING else ""
-        lines.append(
-            f"{row.evaluation.label + ':':<13}{bits} bits per held-out byte; {row.parsed} of its functions parse{change}"
-        )
+        lines.append(f"{name:<13}{bits} bits per held-out byte; {row.parsed} of its functions parse{change}")
     for evaluation in evaluations:
         if (primed := (evaluation.card.metrics.get("compressors") or {}).get("xz_primed")) is not None:
             lines.append(
