@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -61,6 +62,28 @@ class Verifier(Protocol):
     def judge(self, samples: Sequence[Sample]) -> list[Verdict]: ...
 
     def close(self) -> None: ...
+
+
+class OneByOne(ABC):
+    """A verifier that looks at each answer by itself, and holds nothing open. A row that lacks what :meth:`one` asks
+    for (:class:`FieldError`) cannot be judged."""
+
+    @abstractmethod
+    def one(self, sample: Sample) -> Verdict:
+        """The verdict on an answer."""
+
+    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
+        return [self._try(sample) for sample in samples]
+
+    def _try(self, sample: Sample) -> Verdict:
+        try:
+            return self.one(sample)
+        except FieldError as error:
+            return Verdict(None, str(error))
+
+    def close(self) -> None:
+        """Nothing is open."""
+        return
 
 
 class FieldError(Exception):

@@ -8,9 +8,8 @@ lists and tuples one by one, and what is neither letter by letter, without case 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from danlu.posttraining.verifiers.base import FieldError, Sample, Verdict, text_field, without_thoughts
+from danlu.posttraining.verifiers.base import OneByOne, Sample, Verdict, text_field, without_thoughts
 from danlu.posttraining.verifiers.expressions import UnreadableError, Value, plain_thousands, read_expression
 
 MAX_ANSWER = 100_000
@@ -25,7 +24,7 @@ NUMBER = re.compile(
 )
 
 
-class MathEqual:
+class MathEqual(OneByOne):
     """1 where the answer's result is the expected one, else 0.
 
     Args:
@@ -35,14 +34,8 @@ class MathEqual:
     def __init__(self, field: str) -> None:
         self._field = field
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        return [self._one(sample) for sample in samples]
-
-    def _one(self, sample: Sample) -> Verdict:
-        try:
-            wanted = text_field(sample.row, self._field)
-        except FieldError as error:
-            return Verdict(None, str(error))
+    def one(self, sample: Sample) -> Verdict:
+        wanted = text_field(sample.row, self._field)
         marked = result_of(wanted, only_marked=True)
         wanted = wanted.strip() if marked is None else marked
         if not wanted:
@@ -53,9 +46,6 @@ class MathEqual:
         if same(result, wanted):
             return Verdict(1.0)
         return Verdict(0.0, f"gives {result[:100]!r}, not {wanted[:100]!r}")
-
-    def close(self) -> None:
-        pass
 
 
 def result_of(text: str, only_marked: bool = False) -> str | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from danlu.data.mining import parse
 from danlu.posttraining.verifiers.base import (
     FieldError,
+    OneByOne,
     Sample,
     Verdict,
     fenced_blocks,
@@ -35,19 +36,13 @@ TOO_LONG = f"has more than {MAX_ANSWER} characters"
 HEAD = re.compile(r"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
 
 
-class PythonParses:
+class PythonParses(OneByOne):
     """1 where the answer's code parses (as the function that is asked for, where one is), else 0. It is never run."""
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        return [self._one(sample) for sample in samples]
-
-    def _one(self, sample: Sample) -> Verdict:
+    def one(self, sample: Sample) -> Verdict:
         from danlu.evaluation.code import verdict
 
-        try:
-            task, answer = task_of(sample)
-        except FieldError as error:
-            return Verdict(None, str(error))
+        task, answer = task_of(sample)
         if len(answer) > MAX_ANSWER:
             return Verdict(0.0, TOO_LONG)
         if task.stub is None or task.name is None:
@@ -55,9 +50,6 @@ class PythonParses:
         function = task.function(answer)
         parses, _ = verdict(function, task.name)
         return Verdict(float(parses), "" if parses else f"{task.name} has no body, or does not parse")
-
-    def close(self) -> None:
-        pass
 
 
 class PythonTests:

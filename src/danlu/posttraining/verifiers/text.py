@@ -6,11 +6,11 @@ An expression can take for ever on an answer that is made for it, so that it is 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from danlu.evaluation.rouge import rouge_l, tokens
-from danlu.posttraining.verifiers.base import FieldError, Sample, Verdict, text_field, without_thoughts
+from danlu.posttraining.verifiers.base import OneByOne, Sample, Verdict, text_field, without_thoughts
 
 MAX_ANSWER = 200_000
 """Characters."""
@@ -19,7 +19,7 @@ Scored = tuple[float | None, str]
 """A score, or None where there can be none, and the reason."""
 
 
-class ThinkFormat:
+class ThinkFormat(OneByOne):
     """``<think>thoughts</think>answer``. A quarter of the point for each: it begins with the only ``<think>``; there is
     one ``</think>``; thoughts stand between them; an answer follows.
 
@@ -30,10 +30,8 @@ class ThinkFormat:
     def __init__(self, opened: bool) -> None:
         self._opened = opened
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        return [self._one(sample.answer) for sample in samples]
-
-    def _one(self, text: str) -> Verdict:
+    def one(self, sample: Sample) -> Verdict:
+        text = sample.answer
         if self._opened:
             begins = "<think>" not in text
         else:
@@ -49,11 +47,8 @@ class ThinkFormat:
         missed = [reason for reason, good in checks.items() if not good]
         return Verdict(1 - len(missed) / len(checks), "; ".join(missed))
 
-    def close(self) -> None:
-        pass
 
-
-class RougeL:
+class RougeL(OneByOne):
     """How much the answer has in common with the expected one: ROUGE-L, F1 over words and signs.
 
     Args:
@@ -63,21 +58,12 @@ class RougeL:
     def __init__(self, field: str) -> None:
         self._field = field
 
-    def judge(self, samples: Sequence[Sample]) -> list[Verdict]:
-        return [self._one(sample) for sample in samples]
-
-    def _one(self, sample: Sample) -> Verdict:
-        try:
-            wanted = text_field(sample.row, self._field)
-        except FieldError as error:
-            return Verdict(None, str(error))
+    def one(self, sample: Sample) -> Verdict:
+        wanted = text_field(sample.row, self._field)
         answer = without_thoughts(sample.answer)
         if max(len(answer), len(wanted)) > MAX_ANSWER:
             return Verdict(0.0 if len(answer) > MAX_ANSWER else None, f"has more than {MAX_ANSWER} characters")
         return Verdict(rouge_l(tokens(answer), tokens(wanted)))
-
-    def close(self) -> None:
-        pass
 
 
 def regex(prompt: object, answer: str, row: Mapping[str, Any], *, pattern: str) -> Scored:
