@@ -36,12 +36,12 @@ class QuickstartConfig:
         ge=1,
         le=128,
     )
-    pretrain_minutes: float = option(3.0, "Time for pre-training.", unit="minutes", gt=0)
+    pretrain_minutes: float = option(2.75, "Time for pre-training.", unit="minutes", gt=0)
     finetune_minutes: float = option(1.0, "Time for fine-tuning.", unit="minutes", gt=0)
-    ranked_prompts: int = option(192, "Prompts whose answers are ranked for the reward model.", ge=8)
-    policy_steps: int = option(16, "Steps of learning from its own answers, for PPO and for GRPO.", ge=1)
+    ranked_prompts: int = option(128, "Prompts whose answers are ranked for the reward model.", ge=8)
+    policy_steps: int = option(14, "Steps of learning from its own answers, for PPO and for GRPO.", ge=1)
     student_dim: int | None = option(None, "Width of the student at the end. Default: half of its teacher's.", ge=8)
-    student_minutes: float = option(0.7, "Time for distillation.", unit="minutes", gt=0)
+    student_minutes: float = option(0.5, "Time for distillation.", unit="minutes", gt=0)
     functions: int = option(64, "Held-out functions that each stage is asked to write.", ge=1)
     compile: Literal["auto", "always", "never"] = option("auto", "torch.compile; auto: where it pays.")
     seed: int = option(0, "Seed of the split, the weights and the order of the data.", ge=0, lt=2**62)
