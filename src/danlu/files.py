@@ -74,6 +74,16 @@ def read_json(path: str | Path) -> Any:
         raise DanluError(f"{path}: is not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise DanluError(f"{path}:{error.lineno}: is not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond what Python's parser takes
+        raise DanluError(f"{path}: is not valid JSON ({error})") from error
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """The same, of a file that must hold an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DanluError(f"{path}: must hold a JSON object")
+    return content
 
 
 def sha256_file(path: str | Path) -> str:

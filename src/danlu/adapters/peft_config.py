@@ -97,12 +97,7 @@ def read_peft_config(folder: str | Path) -> PeftConfig:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise DanluError(f"{folder}: is not an adapter folder (no {CONFIG})")
-    try:
-        content = files.read_json(path)
-    except (ValueError, RecursionError) as error:  # numbers or nesting beyond what Python's parser takes
-        raise DanluError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold an object")
+    content = files.read_json_object(path)
     if content.get("peft_type") != "LORA":
         raise DanluError(f"{path}: peft_type is {content.get('peft_type')!r}; only LORA is supported")
     if content.get("bias", "none") != "none":

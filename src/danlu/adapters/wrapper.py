@@ -6,6 +6,7 @@ all wrappers together.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Wrapper(nn.Module):
+class Wrapper(nn.Module, ABC):
     """A layer with adapters.
 
     Attributes:
@@ -40,17 +41,17 @@ class Wrapper(nn.Module):
         assert isinstance(weight, Tensor)
         return weight
 
+    @abstractmethod
     def effective_weight(self) -> Tensor:
         """The weight with the active adapter in it, in the layer's dtype; a copy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self) -> None:
         """Put the active adapter into the layer's weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unmerge(self) -> None:
         """The reverse of :meth:`merge`."""
-        raise NotImplementedError
 
 
 def wrappers(model: nn.Module) -> dict[str, Wrapper]:

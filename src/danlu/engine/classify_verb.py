@@ -95,9 +95,7 @@ def open_labeller(folder: Path, device: str, precision: str) -> tuple[SequenceCl
             raise DanluError(f"{folder}: has no labels; it is an adapter that writes text")
         return open_adapted(folder, labeller, device=place, dtype=dtype, merged=True)
     path = folder / "config.json"
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold an object")
+    content = files.read_json_object(path)
     family = family_for(content, str(path))
     names = [name for name in content.get("architectures") or () if isinstance(name, str)]
     tasks = [family.architectures.get(name, "") for name in names]

@@ -218,11 +218,13 @@ def tokenizer_in_folder(folder: Path) -> TokenizerFacts | None:
     Raises:
         DanluError: one of its files is damaged.
     """
-    settings = _json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = (
+        files.read_json_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    )
     chat = bool(settings.get("chat_template")) or (folder / "chat_template.jinja").is_file()
     path = folder / "tokenizer.json"
     if path.is_file():
-        content = _json_object(path)
+        content = files.read_json_object(path)
         model = content.get("model")
         vocab = model.get("vocab") if isinstance(model, dict) else None
         if not isinstance(model, dict) or not isinstance(vocab, (dict, list)):
@@ -254,17 +256,7 @@ def tokenizer_in_gguf(metadata: Mapping[str, Any]) -> TokenizerFacts | None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder."""
-    return _json_object(folder / "config.json")
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = files.read_json(path)
-    except (ValueError, RecursionError) as error:  # nesting or numbers beyond what Python's parser takes
-        raise DanluError(f"{path}: is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold a JSON object")
-    return content
+    return files.read_json_object(folder / "config.json")
 
 
 def _types(part: Any) -> set[str]:

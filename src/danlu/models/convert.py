@@ -191,10 +191,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise DanluError(f"{folder}: is not a model folder (no config.json)")
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold an object")
-    return content
+    return files.read_json_object(path)
 
 
 def _texts(folder: Path) -> list[Path]:

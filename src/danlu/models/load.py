@@ -92,7 +92,7 @@ def load_model(
     _fill(model, family, weights, dtype, new_head, _names_of_another_head(family, task, content))
     model.hf_config = dict(content)
     if path.is_dir() and (path / "generation_config.json").is_file():
-        model.generation_config = _read_object(path / "generation_config.json")
+        model.generation_config = files.read_json_object(path / "generation_config.json")
     return model.to(device).requires_grad_(True).eval()
 
 
@@ -110,7 +110,7 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
     folder = weights.path.parent
     if not (folder / "config.json").exists():
         raise DanluError(f"{folder}: is not a model folder (no config.json)")
-    return weights, _read_object(folder / "config.json")
+    return weights, files.read_json_object(folder / "config.json")
 
 
 def tasks_of(path: str | Path) -> frozenset[Task]:
@@ -187,13 +187,6 @@ def _read_config(
     if problems := config.problems():
         raise hf.error("; ".join(problems))
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold an object")
-    return content
 
 
 def _rules(model: Model, family: Family, prefix: str) -> Iterator[Rule]:

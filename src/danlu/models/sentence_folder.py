@@ -205,10 +205,7 @@ def _read_modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _config(path: Path) -> HFConfig:
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold an object")
-    return HFConfig(content, str(path))
+    return HFConfig(files.read_json_object(path), str(path))
 
 
 def _read_pooling(hf: HFConfig) -> tuple[Pool, int]:

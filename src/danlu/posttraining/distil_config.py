@@ -9,13 +9,14 @@ from typing import Any, Literal
 from danlu.config import REQUIRED, option
 from danlu.training.config import FinetuneConfig, TrainingConfig
 from danlu.training.heldout_config import HeldOutOptions
+from danlu.training.labelled_config import LabelledOptions
 
 CONTROL = "control"
 """Folder, inside that of the run, of the student that learns without the teacher; gone when the run is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistilConfig(TrainingConfig, HeldOutOptions):
+class DistilConfig(TrainingConfig, HeldOutOptions, LabelledOptions):
     """Train a smaller model, the student, to do as a larger one does, its teacher."""
 
     teacher: Path = option(REQUIRED, "Model folder of the teacher.", positional=True)
@@ -117,18 +118,6 @@ class DistilConfig(TrainingConfig, HeldOutOptions):
         "weights 0.3), or for labels those of fine-tuning (default 1, for random weights 10).",
         gt=0,
         le=10,
-    )
-    batch_size: int = option(0, "classify: rows per optimizer step; 0: 16.", unit="rows", ge=0, le=65536)
-    text_column: str = option("", "classify: column of the texts; default: by its usual names.")
-    text2_column: str = option("", "classify: column of the second text of a pair.")
-    label_column: str = option("", "classify: column of the labels; default: by its usual names.")
-    label_kind: Literal["auto", "single", "multi", "number"] = option(
-        "auto",
-        "classify: one label a row, several (lists, or text split at |), or a number. auto: lists are several, numbers "
-        "with a fraction are numbers.",
-    )
-    label_names: tuple[str, ...] = option(
-        (), "classify: names of the labels that the data calls 0, 1, 2, ..., in this order."
     )
 
     @property

@@ -114,9 +114,7 @@ def count_weights(paths: list[Path]) -> dict[str, Any]:
 
 def _model_numbers(path: Path) -> dict[str, Any]:
     """The plain values of config.json (of its text part, where a model has several)."""
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold a JSON object")
+    content = files.read_json_object(path)
     content = {**content, **content["text_config"]} if isinstance(content.get("text_config"), dict) else content
     keys = "architectures model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     keys += "intermediate_size vocab_size max_position_embeddings tie_word_embeddings dtype torch_dtype"
@@ -125,9 +123,7 @@ def _model_numbers(path: Path) -> dict[str, Any]:
 
 def _adapter_numbers(path: Path, card: Card | None) -> dict[str, Any]:
     """What PEFT's file says, and what share of the weights it is, where its card tells."""
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold a JSON object")
+    content = files.read_json_object(path)
     keys = "base_model_name_or_path peft_type task_type r lora_alpha use_rslora use_dora target_modules modules_to_save"
     found = {key: content[key] for key in keys.split() if content.get(key) not in (None, False)}
     told = card.details.get("adapter") if card is not None else None

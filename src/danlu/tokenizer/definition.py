@@ -50,14 +50,6 @@ def read_small_text(path: Path) -> str:
         raise DanluError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a file."""
-    content = files.read_json(path)
-    if not isinstance(content, dict):
-        raise DanluError(f"{path}: must hold a JSON object")
-    return content
-
-
 def text_of(token: Any) -> str | None:
     """A special token's text, as configs write it: plain or as an object."""
     if isinstance(token, Mapping):
@@ -118,7 +110,7 @@ def add_later_tokens(backend: tokenizers.Tokenizer, folder: Path, config: Mappin
 def _later_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     later: dict[int, AddedToken] = {}
     if (path := folder / "added_tokens.json").is_file():
-        for content, i in read_object(path).items():
+        for content, i in files.read_json_object(path).items():
             if not isinstance(i, int):
                 raise DanluError(f"{path}: must hold an object of token and id")
             later[i] = added(content, special=True)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from danlu import files
 from danlu.errors import DanluError
 from danlu.tokenizer.definition import (
     CONFIG,
@@ -24,7 +25,6 @@ from danlu.tokenizer.definition import (
     added,
     around,
     finished,
-    read_object,
     read_small_text,
     text_of,
 )
@@ -77,7 +77,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
             return _open_gguf(path)
         raise DanluError(f"{path}: is not a tokenizer; give its folder, or a .gguf file")
     if (path / TOKENIZER).is_file():
-        return Tokenizer(read_object(path / TOKENIZER), _read_config(path), where=path)
+        return Tokenizer(files.read_json_object(path / TOKENIZER), _read_config(path), where=path)
     reader = next((read for names, read in READERS if all((path / name).is_file() for name in names)), None)
     if reader is not None:
         config = _read_config(path)
@@ -96,7 +96,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 def _read_config(path: Path) -> Config:
     config: Config = {}
     for name in (CONFIG, SPECIAL_MAP):  # what both say is taken from the first
-        for key, value in read_object(path / name).items() if (path / name).is_file() else ():
+        for key, value in files.read_json_object(path / name).items() if (path / name).is_file() else ():
             if value is not None:
                 config.setdefault(key, value)
     if (path / TEMPLATE).is_file():

@@ -9,6 +9,7 @@ from typing import Literal
 from danlu.adapters.config import AdapterOptions
 from danlu.config import REQUIRED, option
 from danlu.training.heldout_config import HeldOutOptions
+from danlu.training.labelled_config import LabelledOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ class PretrainConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig, HeldOutOptions, AdapterOptions):
+class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOptions):
     """Fine-tune a model: on chats, instructions or plain text, or to label, tag, translate, summarise."""
 
     model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
@@ -191,16 +192,6 @@ class FinetuneConfig(TrainingConfig, HeldOutOptions, AdapterOptions):
         ge=0,
         le=1000,
     )
-    batch_size: int = option(0, "Rows per optimizer step, for labels and pairs; 0: 16.", unit="rows", ge=0, le=65536)
-    text_column: str = option("", "Column of the texts, words or sources; default: by its usual names.")
-    text2_column: str = option("", "Column of the second text of a pair (classify).")
-    label_column: str = option("", "Column of the labels, tags or targets; default: by its usual names.")
-    label_kind: Literal["auto", "single", "multi", "number"] = option(
-        "auto",
-        "classify: one label a row, several (lists, or text split at |), or a number. auto: lists are several, numbers "
-        "with a fraction are numbers.",
-    )
-    label_names: tuple[str, ...] = option((), "Names of the labels that the data calls 0, 1, 2, ..., in this order.")
     target_len: int = option(
         128, "seq2seq: longest target; rows with a longer one are left out.", unit="tokens", ge=2, le=131072
     )
