@@ -193,6 +193,15 @@ def test_settings_go_into_the_request(visit: Visit) -> None:
     assert someone.page.input_value("#p-seed") == "7"
 
 
+def test_what_html_drops_is_shown_as_it_is_kept(visit: Visit) -> None:
+    """A character 0, which models without training write."""
+    someone = visit({"extra": {"structured_outputs": {"regex": r"\x00<i>"}}})
+    someone.ask("Say it")
+    assert someone.answers() == ["\ufffd<i>"]
+    someone.reload()
+    assert someone.answers() == ["\ufffd<i>"]
+
+
 def test_a_call_of_a_tool_is_shown_and_answered(visit: Visit) -> None:
     tool = {"name": "get_time", "parameters": {"type": "object", "properties": {}, "additionalProperties": False}}
     tools = [{"type": "function", "function": tool}]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,14 +27,27 @@ EXAMPLES: list[Example] = [
 ]
 
 
+SHARED: list[Example] = [
+    *(([1, 2, 3, 4, 5, k, 7, 9 + k], [False, False, True, True, True, k > 6, True, True]) for k in range(5, 10)),
+    ([1, 2, 3, 4], [False, True, True, True]),
+    ([1, 2, 3, 4], [False, True, False, True]),
+    ([9, 8, 7, 1], [False, True, True, True]),
+]
+"""Examples that begin alike, two of which do not differ at all."""
+
+CONFIG = ModelConfig(
+    vocab_size=40, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, context=64, rope=Rope()
+)
+
+
 @pytest.fixture
 def model() -> CausalLM:
+    return of(CONFIG)
+
+
+def of(config: ModelConfig) -> CausalLM:
     torch.manual_seed(0)
-    model = CausalLM(
-        ModelConfig(
-            vocab_size=40, n_layers=2, dim=32, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, context=64, rope=Rope()
-        )
-    )
+    model = CausalLM(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -67,6 +83,37 @@ def test_gradients_are_those_of_each_alone_whatever_is_made_at_once(
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 3},
+        {"rope": None, "alibi": "bloom"},
+        {"rope": None, "alibi": "falcon"},
+        {"rope": None, "learned_positions": True},
+        {"rope": None, "relative_buckets": 8, "relative_max_distance": 6},
+    ],
+    ids=lambda changes: " ".join(changes) or "rope",
+)
+def test_what_examples_share_is_computed_once_and_counts_for_each(changes: dict[str, Any]) -> None:
+    """Wherever positions come in: an answer lies farther from its prompt in the row than in its text."""
+    model = of(dataclasses.replace(CONFIG, **changes))
+    packed = pack_examples(SHARED, shared_from=2)
+    assert packed.n_tokens < sum(len(ids) - 1 for ids, _ in SHARED)
+    weights = [torch.linspace(0.5, 2, sum(mask)) for _, mask in SHARED]
+    one_by_one = [alone(model, example, 0.7) for example in SHARED]
+    sum((logps * w).sum() for logps, w in zip(one_by_one, weights, strict=True)).backward()  # type: ignore[union-attr]
+    wanted = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    logps_bt, _ = target_logprobs(model, packed, temperature=0.7)
+    torch.testing.assert_close(logps_bt[packed.mask_bt], torch.cat(one_by_one), atol=1e-5, rtol=0)
+    (logps_bt[packed.mask_bt] * torch.cat(weights)).sum().backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("adapter", [None, AdapterShape(targets=("lm_head",)), AdapterShape(token_ids=(3, 39))])

@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         segments_bt: Tensor | None = None,
         cache: KVCache | PagedStep | None = None,
         *,
+        prefixes_bt: Tensor | None = None,
         real_bt: Tensor | None = None,
         types_bt: Tensor | None = None,
         memory: Memory | PagedMemory | None = None,
@@ -116,7 +117,9 @@ class Transformer(nn.Module):
             positions_bt: position of each token in its document; default 0, 1, 2, ...
             segments_bt: document number of each token; tokens attend only within their document. Default: one document
                 a row.
-            cache: keys and values of earlier tokens; excludes the two above and ``real_bt``. A paged one brings the
+            prefixes_bt: the document that each token's own goes on from, which lies before it in the row and is seen
+                as well; by default its own. Positions then count on from it.
+            cache: keys and values of earlier tokens; excludes the three above and ``real_bt``. A paged one brings the
                 positions, and ``ids_bt`` is one row with the new tokens of all its sequences.
             real_bt: False for padding, on either side; positions count real tokens.
             types_bt: sentence number of each token, for encoders of pairs; default 0.
@@ -133,7 +136,7 @@ class Transformer(nn.Module):
         else:
             if positions_bt is None:
                 positions_bt = self._positions(t, cache, real_bt)
-            mask_of = self._masks(positions_bt, segments_bt, cache, real_bt)
+            mask_of = self._masks(positions_bt, segments_bt, prefixes_bt, cache, real_bt)
             length = None if cache is None else cache.max_len
         rotations = {r: rotary(positions_bt, length) for r, rotary in zip(self._ropes, self.rotary, strict=True)}
         memory_mask = None
@@ -196,7 +199,12 @@ class Transformer(nn.Module):
         return self.embed_norm(x)  # type: ignore[no-any-return]
 
     def _masks(
-        self, positions_bt: Tensor, segments_bt: Tensor | None, cache: KVCache | None, real_bt: Tensor | None
+        self,
+        positions_bt: Tensor,
+        segments_bt: Tensor | None,
+        prefixes_bt: Tensor | None,
+        cache: KVCache | None,
+        real_bt: Tensor | None,
     ) -> dict[int | None, Tensor | None]:
         """The additive mask of each window that occurs; None where plain (causal or full) attention says it all."""
         config, t = self.config, positions_bt.shape[1]
@@ -207,7 +215,8 @@ class Transformer(nn.Module):
             keys_bs = positions_bt if cache is None else cache.key_positions(t)
             bias = masks.alibi_bias(config, positions_bt, keys_bs)
         elif config.relative_buckets:
-            bias = self.relative_bias(t, past + t)
+            apart = prefixes_bt is not None
+            bias = self.relative_bias.between(positions_bt, positions_bt) if apart else self.relative_bias(t, past + t)
 
         found: dict[int | None, Tensor | None] = {}
         for window in {config.window_of(layer) for layer in range(config.n_layers)}:
@@ -216,11 +225,14 @@ class Transformer(nn.Module):
             if not cut and not chunk and bias is None and real_bs is None and segments_bt is None:
                 found[window] = None
                 continue
-            allowed = masks.visible(t, past + t, causal=config.causal, window=window, device=self.device)
+            in_row = window if segments_bt is None else None  # in packed rows, positions say what is near
+            allowed = masks.visible(t, past + t, causal=config.causal, window=in_row, device=self.device)
             if real_bs is not None:
                 allowed = allowed & masks.only_real(real_bs, t)
             if segments_bt is not None:
-                allowed = allowed & masks.same_segment(segments_bt)
+                allowed = allowed & masks.same_segment(segments_bt, prefixes_bt)
+                if window is not None:
+                    allowed = allowed & masks.within(window, positions_bt)
             mask = masks.additive(allowed if allowed.ndim == 4 else allowed[None, None], self.dtype)
             found[window] = mask if bias is None else mask + bias.to(mask.dtype)
         return found

@@ -25,9 +25,17 @@ def visible(
     return seen & (key > query - window) if window is not None else seen
 
 
-def same_segment(segments_bt: Tensor) -> Tensor:
-    """(batch, 1, seq, seq) bool: True within one document of a packed row."""
-    return (segments_bt[:, :, None] == segments_bt[:, None, :])[:, None]
+def same_segment(segments_bt: Tensor, prefixes_bt: Tensor | None = None) -> Tensor:
+    """(batch, 1, seq, seq) bool: True within one document of a packed row, and from it to the one it goes on from."""
+    same = segments_bt[:, :, None] == segments_bt[:, None, :]
+    if prefixes_bt is not None:
+        same |= prefixes_bt[:, :, None] == segments_bt[:, None, :]
+    return same[:, None]
+
+
+def within(window: int, positions_bt: Tensor) -> Tensor:
+    """(batch, 1, seq, seq) bool: True where a key's position is in the query's window, wherever in the row it lies."""
+    return (positions_bt[:, None, :] > positions_bt[:, :, None] - window)[:, None]
 
 
 def only_real(real_bs: Tensor, n_queries: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from danlu import console
-from danlu.data.packed_examples import Example, PackedExamples, pack_examples
+from danlu.data.packed_examples import Example, PackedExamples, n_tokens, pack_examples
 from danlu.data.prompts import Prompt, PromptOrder
 from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
@@ -113,8 +113,8 @@ class PolicyBatch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the model reads."""
-        return sum(len(lesson.example[0]) - 1 for lesson in self.lessons)
+        """Tokens that the model reads; a prompt counts once for its answers."""
+        return n_tokens([lesson.example for lesson in self.lessons])
 
     def split(self, rows: int) -> Iterator[PolicyBatch]:
         """Micro-batches of at most so many answers."""
@@ -194,9 +194,9 @@ class Experience(ABC):
             lessons = self._lessons()
             for number in range(self.options.passes):
                 rng = np.random.default_rng((self.seed, self.draws, number))
-                shuffled = [lessons[i] for i in rng.permutation(len(lessons))]
-                parts = np.array_split(np.arange(len(shuffled)), self.options.minibatches)
-                self._left += [[shuffled[i] for i in part] for part in parts if len(part)]
+                parts = np.array_split(rng.permutation(len(lessons)), self.options.minibatches)
+                # Answers to one prompt stay beside each other: it is read once for all of them.
+                self._left += [[lessons[i] for i in sorted(part)] for part in parts if len(part)]
         return PolicyBatch(self._left.pop(0), self.aggregation)
 
     def state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from danlu.objectives.logprobs import masked_sum
 from danlu.posttraining.experience import PACKED_TOKENS, Experience, Judged, Lesson
 from danlu.posttraining.policy_config import PolicyOptions
 from danlu.posttraining.rollouts import Rollout
+from danlu.training.logprobs import hidden_at_targets
 
 
 class ActorCritic(nn.Module):
@@ -58,8 +59,7 @@ class ActorCritic(nn.Module):
 
     def values(self, packed: PackedExamples) -> Tensor:
         """What the critic expects before each target is drawn, (answers, width) fp32, 0 behind the end of an answer."""
-        hidden = self.critic.hidden_states(packed.ids, packed.positions, packed.segments)
-        return packed.by_example(self.critic.head(packed.at_targets(hidden)).squeeze(-1))
+        return packed.by_example(self.critic.head(hidden_at_targets(self.critic, packed)).squeeze(-1))
 
 
 class CriticExperience(Experience):

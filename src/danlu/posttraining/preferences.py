@@ -18,7 +18,7 @@ import torch
 from danlu import console
 from danlu.data.corpus import ErrorPolicy
 from danlu.data.epochs import EpochStream, shuffled
-from danlu.data.packed_examples import Example, PackedExamples, pack_examples
+from danlu.data.packed_examples import Example, PackedExamples, n_tokens, pack_examples
 from danlu.data.preferences import Messages, PreferenceRow, read_preferences
 from danlu.errors import DanluError
 from danlu.posttraining.config import JudgedConfig
@@ -216,8 +216,8 @@ class GroupBatch:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the model reads."""
-        return sum(group.n_tokens for group in self.groups)
+        """Tokens that the model reads; a prompt counts once for its answers."""
+        return n_tokens(self._examples)
 
     def split(self, rows: int) -> Iterator[GroupBatch]:
         """Micro-batches of as many tokens as ``rows`` of the longest groups have, at most."""
@@ -236,7 +236,11 @@ class GroupBatch:
     @cached_property
     def packed(self) -> PackedExamples:
         """The examples of all groups, in their order."""
-        return pack_examples([e for group in self.groups for e in group.examples], pad_id=self.pad_id).to(self.device)
+        return pack_examples(self._examples, pad_id=self.pad_id).to(self.device)
+
+    @property
+    def _examples(self) -> list[Example]:
+        return [example for group in self.groups for example in group.examples]
 
     def _part(self, start: int, end: int) -> GroupBatch:
         whole = self.step or self

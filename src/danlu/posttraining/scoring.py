@@ -23,6 +23,7 @@ from danlu.models.causal_lm import CausalLM
 from danlu.models.heads import RewardModel
 from danlu.posttraining.preferences import Group, batch_of, encode_answer
 from danlu.tokenizer.tokenizer import Tokenizer
+from danlu.training.logprobs import hidden_at_targets
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass."""
@@ -49,8 +50,7 @@ def scored(group: Group) -> Group:
 def scores_of(model: RewardModel, packed: PackedExamples) -> Tensor:
     """What a reward model gives the examples of :func:`scored` groups, (examples,) fp32: the same as ``model.score`` of
     each alone."""
-    hidden_btd = model.hidden_states(packed.ids, packed.positions, packed.segments)
-    scores: Tensor = model.head(packed.at_targets(hidden_btd))
+    scores: Tensor = model.head(hidden_at_targets(model, packed))
     return scores.squeeze(-1)
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from danlu.data.packed_examples import PackedExamples
 from danlu.data.packing import IGNORE
 from danlu.models.causal_lm import CausalLM
+from danlu.models.transformer import Transformer
 from danlu.nn.linear import Head
 from danlu.objectives.causal_lm import next_token_nll_sum, projected_nll_sum
 from danlu.objectives.logprobs import entropy, token_logprobs
@@ -53,6 +54,12 @@ def nll_sum(head: nn.Module, hidden_btd: Tensor, targets_bt: Tensor) -> Tensor:
     return torch.stack([_in_rows(of_rows, len(targets_n), *piece) for piece in pieces]).sum()
 
 
+def hidden_at_targets(model: Transformer, packed: PackedExamples) -> Tensor:
+    """The final hidden states that predict the targets, (n, dim)."""
+    hidden_btd = model.hidden_states(packed.ids, packed.positions, packed.segments, prefixes_bt=packed.prefixes)
+    return packed.at_targets(hidden_btd)
+
+
 def target_logprobs(
     model: CausalLM, packed: PackedExamples, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -62,7 +69,7 @@ def target_logprobs(
         temperature: that the tokens were drawn at: log-probs are those of ``softmax(logits / temperature)``.
         with_entropy: also the entropy of each of these distributions, of the same shape, without gradient.
     """
-    hidden_nd = packed.at_targets(model.hidden_states(packed.ids, packed.positions, packed.segments))
+    hidden_nd = hidden_at_targets(model, packed)
     targets_n = packed.targets.flatten().index_select(0, packed.slots_n)
     assert not bool((targets_n == IGNORE).any())
 

@@ -276,7 +276,7 @@ def test_rows_that_fail_are_counted_and_too_many_end_the_run(prompts: Path, tmp_
             ask(server, tmp_path / "strict", data=prompts, max_failed=0.05, concurrency=1)
         n = len(server.requests)
         patient = ask(server, tmp_path / "strict", data=prompts, max_failed=0.5)
-        assert len(server.requests) - n <= 22 + 4
+        assert len(server.requests) - n <= 22 + 4 + 1  # one of before may have been under way still
         assert patient.card.metrics["documents_kept"] == 22
 
 

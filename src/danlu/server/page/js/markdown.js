@@ -57,6 +57,9 @@ const marked = new Marked({
 });
 marked.use({ extensions: mathRules });
 
+/** Text as CommonMark takes it (2.1, 2.3): a character 0, which HTML would drop, is shown; it is stored so, too. */
+const source = (text) => text.replace(/\r\n?/g, "\n").replaceAll("\0", "\ufffd");
+
 /**
  * An element that shows growing Markdown. Only what follows the last finished block is read and drawn again, so a long
  * answer costs as little per token as a short one, and what stands above stays still: selections, scrolled code.
@@ -72,13 +75,13 @@ export class MarkdownView {
 
   /** @param {boolean} whole the text is finished; everything is read again, for links defined further down. */
   update(text, whole) {
-    const source = text.replace(/\r\n?/g, "\n");
-    const from = whole || source.length < this.#settled.length ? { blocks: 0, length: 0 } : this.#settled;
-    const tokens = marked.lexer(source.slice(from.length));
+    const read = source(text);
+    const from = whole || read.length < this.#settled.length ? { blocks: 0, length: 0 } : this.#settled;
+    const tokens = marked.lexer(read.slice(from.length));
     const shown = tokens.filter((token) => token.type !== "space" && token.type !== "def");
     shown.forEach((token, index) => this.#draw(from.blocks + index, token, whole));
     for (const block of this.#blocks.splice(from.blocks + shown.length)) block.element.remove();
-    this.#settled = settledBefore(tokens, from, source.length);
+    this.#settled = settledBefore(tokens, from, read.length);
   }
 
   #draw(index, token, whole) {
@@ -128,7 +131,7 @@ function codeBlock(pre, language) {
 
 /** A question as it was typed, but with blocks of code set as such. */
 export function questionParts(text) {
-  return marked.lexer(text.replace(/\r\n?/g, "\n")).reduce((parts, token) => {
+  return marked.lexer(source(text)).reduce((parts, token) => {
     if (token.type === "code" && token.codeBlockStyle !== "indented") {
       const pre = el("pre", {}, el("code", {}, token.text));
       const holder = el("div", {}, pre);
