@@ -11,7 +11,7 @@ import yaml
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import CARD, RUN, Card
 from danlu.recipe.config import RunConfig
-from danlu.recipe.run import read_recipe, run_recipe
+from danlu.recipe.run import RECIPES, find_recipe, read_recipe, run_recipe
 
 
 @pytest.fixture
@@ -52,6 +52,16 @@ def test_stages_feed_each_other(folder: Path) -> None:
     assert card.inputs[0].path == "runs/second"
     assert card.inputs[0].card is not None
     assert card.inputs[0].card["inputs"][0]["path"] == "runs/first"
+
+
+def test_those_that_come_along_are_known_by_name(folder: Path) -> None:
+    assert find_recipe(Path("reasoning")) == RECIPES / "reasoning.yaml"
+    for file in RECIPES.glob("*.yaml"):
+        assert file.stem in str(RunConfig.__dataclass_fields__["recipe"].metadata)
+    own = write(CHAIN, "reasoning")
+    assert find_recipe(own) == own
+    with pytest.raises(DanluError, match=r"reason: no such file; .* are distil-classify, quickstart, reasoning"):
+        run_recipe(RunConfig(Path("reason")))
 
 
 def test_finished_stages_are_skipped_and_said_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,17 @@ def test_answers_that_are_learned_from_twice_know_who_drew_them(make: Any) -> No
         torch.testing.assert_close(lesson.old, lesson.rollout, atol=1e-5, rtol=0)  # the ratio starts at 1
     rows.next(rows.answers_per_step)
     assert rows.draws == 2
+
+
+def test_what_a_nat_costs_moves_towards_its_target_and_is_told(make: Any, model: CausalLM) -> None:
+    """A policy that has not moved yet is nearer than it might be: KL gets cheaper."""
+    rows, _ = make(method="ppo", kl=0.1, kl_target=5.0)
+    rows.reference = lambda: nullcontext(model)
+    rows.next(rows.answers_per_step)
+    assert rows.numbers["kl_weight"] == rows.state()["kl"] < 0.1
+    fixed, _ = make(method="ppo", kl=0.1)
+    fixed.next(fixed.answers_per_step)
+    assert "kl_weight" not in fixed.numbers
 
 
 def test_a_saved_position_is_exact(make: Any) -> None:

@@ -3,6 +3,7 @@ for language models: Ziegler et al. 2019, arXiv:1909.08593, Ouyang et al. 2022, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,6 +109,11 @@ class CriticExperience(Experience):
             for i, rollout in enumerate(rollouts)
             for n in (len(rollout.answer_ids),)
         ]
+
+    def _tell(self, groups: Sequence[Sequence[Judged]], n_drawn: int) -> None:
+        super()._tell(groups, n_drawn)
+        if self.kl is not None:
+            self.numbers["kl_weight"] = self.kl_weight
 
     def _expected(self, rollouts: list[Rollout]) -> list[Tensor]:
         """The critic's values at the tokens of each answer."""

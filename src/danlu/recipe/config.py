@@ -13,7 +13,12 @@ from danlu.config import REQUIRED, option
 class RunConfig:
     """What `danlu run` takes."""
 
-    recipe: Path = option(REQUIRED, "Recipe file (YAML) with `vars` and `stages`.", positional=True)
+    recipe: Path = option(
+        REQUIRED,
+        "Recipe file (YAML) with `vars` and `stages`, or the name of one that comes with danlu: quickstart, reasoning, "
+        "distil-classify.",
+        positional=True,
+    )
     overrides: tuple[str, ...] = option((), "Values for the recipe's vars, as name=value.", positional=True)
     until: str | None = option(None, "Stop after the stage of this name.")
 

@@ -18,12 +18,12 @@ from typing import NamedTuple
 from danlu import config as configs
 from danlu import console
 from danlu.recipe.config import QuickstartConfig, RunConfig
-from danlu.recipe.run import run_recipe
+from danlu.recipe.run import RECIPES, run_recipe
 from danlu.report.lineage import Evaluation, find_evaluations, read_lineage
 from danlu.report.numbers import MISSING, decimal, duration, size
 from danlu.report.scores import score_rows
 
-RECIPE = Path(__file__).parent / "recipes" / "quickstart.yaml"
+RECIPE = RECIPES / "quickstart.yaml"
 
 
 class Made(NamedTuple):

@@ -39,6 +39,8 @@ from danlu.verbs import VERB_BY_NAME, Verb
 _REFERENCE = re.compile(r"\$(\$\{)|\$\{([^}]*)\}")
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 
+RECIPES = Path(__file__).parent / "recipes"
+
 
 @dataclass(frozen=True)
 class RecipeStage:
@@ -55,6 +57,20 @@ class RecipeStage:
         return out if isinstance(out, Path) else None
 
 
+def find_recipe(recipe: Path) -> Path:
+    """The file itself, or that of a recipe that comes with danlu, by its name.
+
+    Raises:
+        DanluError: there is neither.
+    """
+    if recipe.exists():
+        return recipe
+    own = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    if str(recipe) not in own:
+        raise DanluError(f"{recipe}: no such file; the recipes that come with danlu are {', '.join(own)}")
+    return own[str(recipe)]
+
+
 def run_recipe(config: RunConfig) -> Path | None:
     """Run a recipe's stages and return the last one's output.
 
@@ -63,7 +79,7 @@ def run_recipe(config: RunConfig) -> Path | None:
         DanluError: a stage failed, or was stopped before it was finished.
     """
     config = configs.validate(config)
-    stages = read_recipe(config.recipe, config.overrides)
+    stages = read_recipe(find_recipe(config.recipe), config.overrides)
     if config.until is not None:
         names = [stage.name for stage in stages]
         if config.until not in names:
