@@ -157,6 +157,53 @@ def test_draws_follow_the_distribution(options: dict[str, float]) -> None:
     assert np.sum((drawn - expected)[possible] ** 2 / expected[possible]) < 33.7
 
 
+@pytest.mark.parametrize("vocab", [10, 200])
+def test_draws_without_filters_follow_it_too(vocab: int) -> None:
+    """10 groups of tokens, some of which cannot come. With what is told of their log-probability."""
+    row = np.repeat(np.linspace(-2, 2, 10, dtype=np.float32), vocab // 10)
+    row[-1] = -np.inf
+    rows, temperatures = np.repeat(row[None], 4_000, axis=0), [0.7] * 4_000
+    drawn = sampling.draw_rows(rows, temperatures, [torch.Generator().manual_seed(0)] * 4_000)
+    logprobs = (torch.from_numpy(row).double() / 0.7).log_softmax(dim=-1)
+    expected = logprobs.exp().numpy().reshape(10, -1).sum(axis=1) * 4_000
+    counts = np.bincount([token_id * 10 // vocab for token_id, _ in drawn], minlength=10)
+    assert counts[expected == 0].sum() == 0
+    assert np.sum((counts - expected)[expected > 0] ** 2 / expected[expected > 0]) < 33.7
+    told = torch.tensor([logprob for _, logprob in drawn], dtype=torch.float64)
+    torch.testing.assert_close(told, logprobs[[token_id for token_id, _ in drawn]], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vocab", [3, 64, 65, 1000])
+def test_a_row_is_drawn_alone_as_among_others(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(0, 3, (17, vocab)).astype(np.float32)
+    temperatures = np.linspace(0.1, 2, 17).tolist()
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(17)]
+
+    together = sampling.draw_rows(rows, temperatures, generators())
+    alone = [
+        sampling.draw_rows(rows[i : i + 1], temperatures[i : i + 1], [generator])[0]
+        for i, generator in enumerate(generators())
+    ]
+    assert together == alone
+    monkeypatch.setattr(sampling, "NEAR", 3 * vocab)
+    assert sampling.draw_rows(rows, temperatures, generators()) == together
+
+
+@given(
+    place=st.floats(0, 1, exclude_max=True), vocab=st.sampled_from([3, LARGE]), far=st.sampled_from([1.0, 80.0, 1e30])
+)
+def test_every_place_of_a_row_has_a_token_that_is_possible(place: float, vocab: int, far: float) -> None:
+    row = np.full((1, vocab), -far, dtype=np.float32)
+    row[0, 0], row[0, -1] = 0.0, -np.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *_, **__: torch.tensor(place, dtype=torch.float64))
+        [(token_id, logprob)] = sampling.draw_rows(row, [1.0], [torch.Generator()])
+    assert np.exp(row[0, token_id]) > 0
+    assert logprob <= 0
+
+
 def test_tokens_beyond_the_candidates_are_drawn_as_often_as_they_should() -> None:
     """20 groups of 100 tokens: the candidates are all in the last ones. 99.99th percentile for 19 degrees: 50.8."""
     row = np.repeat(np.linspace(-0.5, 0.5, 20, dtype=np.float32), 100)

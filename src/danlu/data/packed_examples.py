@@ -25,8 +25,8 @@ SHARED_FROM = 16
 """Tokens that examples have in common at their beginning from which on they are laid down once."""
 
 SHARED_ROW = 512
-"""Tokens that a row with shared prompts may have, where no example needs more. Attention computes all of a row: behind
-a prompt of 67 tokens, 8 answers of 64 take 64 % of the work of 8 rows as one row of 587, and 66 % as two of 327."""
+"""Tokens that a row with shared prompts may have, where no example needs more: attention computes all of a row. Of the
+time of 8 rows, 8 answers of 64 tokens behind a prompt of 67 take 0.65 in two rows of 322, 0.61 in one (SmolLM2)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from danlu.engine.banned_strings import BannedStrings
 from danlu.engine.config import SamplingParams
 from danlu.engine.grammar import Grammar
-from danlu.engine.logprobs import Sampled, token_logprobs
+from danlu.engine.logprobs import Sampled, TokenLogprobs, token_logprobs
 from danlu.engine.sampling import (
     GREEDY_BELOW,
     LARGEST,
@@ -25,6 +25,7 @@ from danlu.engine.sampling import (
     Ids,
     Row,
     draw,
+    draw_rows,
     penalise_counts,
     penalise_repetition,
     sanitize,
@@ -186,12 +187,23 @@ def sample_rows(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> list[
         if bool((largest_r.abs() < LARGEST).all()):
             return [Sampled(token_id) for token_id in ids_r.tolist()]
     rows = _rows(logits_rv)
-    choices = [_choice(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+    plain = [_plainly_drawn(sampler) for sampler in samplers]
+    choices = [None if p else _choice(row, s) for row, s, p in zip(rows, samplers, plain, strict=True)]
+    together = [sampler for sampler, p in zip(samplers, plain, strict=True) if p]
+    temperatures, generators = [s.params.temperature for s in together], [s.generator for s in together]
+    drawn = iter(draw_rows(_all_sane(rows[plain]), temperatures, generators))
     found = []
     for row, choice, sampler in zip(rows, choices, samplers, strict=True):
-        token_id = choice if isinstance(choice, int) else draw(choice, sampler.generator)
-        n, told_at = sampler.params.logprobs, sampler.params.logprobs_temperature
-        found.append(Sampled(token_id, None if n is None else token_logprobs(_sane(row), token_id, n, told_at)))
+        n, told_at, told = sampler.params.logprobs, sampler.params.logprobs_temperature, None
+        if choice is None:
+            token_id, logprob = next(drawn)
+            if n == 0 and told_at == sampler.params.temperature:
+                told = TokenLogprobs(token_id, logprob)
+        else:
+            token_id = choice if isinstance(choice, int) else draw(choice, sampler.generator)
+        if n is not None and told is None:
+            told = token_logprobs(_sane(row), token_id, n, told_at)
+        found.append(Sampled(token_id, told))
     return found
 
 
@@ -250,6 +262,13 @@ def _plainly_greedy(sampler: SequenceSampler) -> bool:
     return sampler.greedy and not sampler.rules and sampler.params.logprobs is None
 
 
+def _plainly_drawn(sampler: SequenceSampler) -> bool:
+    """By its logits and the temperature alone."""
+    params = sampler.params
+    unfiltered = params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0 and params.typical_p >= 1
+    return unfiltered and not sampler.greedy and not sampler.rules
+
+
 def _rows(logits_rv: Tensor) -> Row:
     rows: Row = logits_rv.detach().float().cpu().numpy()
     return rows
@@ -277,6 +296,14 @@ def _sane(row: Row) -> Row:
     if abs(row[row.argmax()]) < LARGEST:  # argmax finds a NaN wherever there is one, and is faster than max
         return row
     sane: Row = sanitize(torch.from_numpy(row)).numpy()
+    return sane
+
+
+def _all_sane(rows: Row) -> Row:
+    """The same of many."""
+    if bool((np.abs(rows.max(axis=1)) < LARGEST).all()):
+        return rows
+    sane: Row = sanitize(torch.from_numpy(rows)).numpy()
     return sane
 
 

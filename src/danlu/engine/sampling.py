@@ -3,16 +3,16 @@
     penalties -> temperature -> top-k -> top-p -> min-p -> typical-p -> draw
 
 This is the order of transformers' `generate`, and each step keeps what the transformers processor of that name keeps.
-It is done on the CPU, a row at a time, so that a row's token does not depend on its neighbours in the batch. A
-vocabulary is never sorted: the filters look at the likeliest few hundred tokens (:class:`Candidates`), weighed by the
-exact sum over all, and only where those are not enough (:class:`Beyond`) at the others.
+It is done on the CPU, a row at a time, so that a row's token does not depend on its neighbours in the batch; only rows
+without filters are drawn together, each as it would be alone (:func:`draw_rows`). A vocabulary is never sorted: the
+filters look at the likeliest few hundred tokens (:class:`Candidates`), weighed by the exact sum over all, and only
+where those are not enough (:class:`Beyond`) at the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,9 @@ from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
 
 __all__ = [
-    "GREEDY_BELOW", "Beyond", "Candidates", "Ids", "Row", "SamplingParams", "draw", "everything", "log_total", "min_p",
-    "penalise_counts", "penalise_repetition", "sample", "sanitize", "shortlist", "top_k", "top_p", "truncate",
-    "typical_p",
+    "GREEDY_BELOW", "Beyond", "Candidates", "Ids", "Row", "SamplingParams", "draw", "draw_rows", "everything",
+    "log_total", "min_p", "penalise_counts", "penalise_repetition", "sample", "sanitize", "shortlist", "top_k", "top_p",
+    "truncate", "typical_p",
 ]  # fmt: skip
 
 Row = npt.NDArray[np.float32]
@@ -38,6 +38,12 @@ LARGEST = 1e30
 """No logit is this large; penalties and the lowest temperature keep it finite in fp32."""
 
 SHORTLIST = 256
+
+BLOCK = 64
+"""Tokens whose probabilities are summed before they are cumulated."""
+
+NEAR = 1 << 20
+"""Logits that are drawn from at once: 4 MiB in fp32 stay near the cache."""
 
 
 def sanitize(logits: Tensor) -> Tensor:
@@ -240,10 +246,37 @@ def _at(cumulative: npt.NDArray[np.float64], place: float) -> int:
     return int(min(np.searchsorted(cumulative, place, side="right"), np.searchsorted(cumulative, cumulative[-1])))
 
 
+def draw_rows(
+    rows_rv: Row, temperatures: Sequence[float], generators: Sequence[torch.Generator]
+) -> list[tuple[int, float]]:
+    """Draw one token id a row among all of them, and its log-probability: one uniform number each, the place in the
+    cumulative distribution in the order of the ids.
+
+    Args:
+        rows_rv: (rows, vocab) logits, NaN nowhere, the greatest of each finite.
+    """
+    found: list[tuple[int, float]] = []
+    n_each = max(1, NEAR // rows_rv.shape[1])
+    for start in range(0, len(rows_rv), n_each):
+        some = slice(start, start + n_each)
+        logits = rows_rv[some] / np.array(temperatures[some], dtype=np.float32)[:, None]
+        logits -= logits.max(axis=1, keepdims=True)
+        shares = np.exp(logits)
+        # Cumulated in fp64, which is slow: first over blocks, then within the one that was hit.
+        blocks = np.add.reduceat(shares, np.arange(0, shares.shape[1], BLOCK), axis=1, dtype=np.float64).cumsum(axis=1)
+        for row, ends, generator in zip(range(len(logits)), blocks, generators[some], strict=True):
+            place = float(torch.rand((), dtype=torch.float64, generator=generator)) * ends[-1]
+            block = _at(ends, place)
+            first = block * BLOCK
+            within = shares[row, first : first + BLOCK].cumsum(dtype=np.float64)
+            token_id = first + _at(within, place - (ends[block - 1] if block else 0.0))
+            found.append((token_id, float(logits[row, token_id] - np.log(ends[-1]))))
+    return found
+
+
 def sample(logits_bv: Tensor, temperature: float, generators: Sequence[torch.Generator]) -> Tensor:
     """Draw one token id a row, (batch,); the most likely one where the temperature is 0. One uniform number a row."""
     if temperature < GREEDY_BELOW:
         return logits_bv.argmax(dim=-1)
-    rows: list[Any] = list((logits_bv / temperature).float().cpu().numpy())
-    ids = [draw(shortlist(row), generator) for row, generator in zip(rows, generators, strict=True)]
-    return torch.tensor(ids, device=logits_bv.device)
+    drawn = draw_rows(logits_bv.float().cpu().numpy(), [temperature] * len(logits_bv), generators)
+    return torch.tensor([token_id for token_id, _ in drawn], device=logits_bv.device)
