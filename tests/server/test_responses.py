@@ -308,7 +308,7 @@ def test_deleting_ends_what_runs(client: OpenAI) -> None:
 
 
 def test_a_client_that_goes_away_ends_its_stream(client: OpenAI) -> None:
-    asked: Any = {"model": "tiny", "input": "hello", "max_output_tokens": 900}
+    asked: Any = {"model": "tiny", "input": "hello", "max_output_tokens": 900, "temperature": 0}
     with client.responses.create(**asked, stream=True) as stream:
         response_id = next(iter(stream)).response.id
     response = until_ended(client, response_id)
