@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from danlu.errors import DanluError
 from danlu.nn import masks
@@ -21,6 +20,7 @@ from danlu.nn.moe import MoE, Routing
 from danlu.nn.norm import LayerNorm, RMSNorm, make_norm
 from danlu.nn.paged import PagedStep
 from danlu.nn.paged_memory import PagedMemory
+from danlu.nn.recompute import recomputed
 from danlu.nn.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
             arguments = (x, rotation, mask, cache, attended, memory_mask)
             if self.gradient_checkpointing and self.training:
                 decided: list[Routing] = []  # the second run, in the backward pass, adds to this list and no other
-                x = checkpoint(block, *arguments, decided, use_reentrant=False)
+                x = recomputed(block, *arguments, decided)
                 if routings is not None:
                     routings.extend(decided)
             else:

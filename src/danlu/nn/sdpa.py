@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from danlu import hardware
+from danlu.nn.linear import WIDEN_ROWS
+
 
 def attend(
     q_bhtd: Tensor,
@@ -23,6 +26,12 @@ def attend(
     Args:
         softcap: bounds the scores by ``c * tanh(scores / c)`` before the mask.
     """
+    wide = hardware.product_dtype(q_bhtd.dtype, q_bhtd.device)
+    if wide != q_bhtd.dtype and q_bhtd.shape[2] >= WIDEN_ROWS:
+        if mask is not None and mask.dtype == q_bhtd.dtype:
+            mask = mask.to(wide)
+        operands = (q_bhtd.to(wide), k_bhsd.to(wide), v_bhsd.to(wide))
+        return attend(*operands, mask, causal=causal, scale=scale, softcap=softcap).to(q_bhtd.dtype)
     if softcap is None:
         return F.scaled_dot_product_attention(
             q_bhtd, k_bhsd, v_bhsd, attn_mask=mask, is_causal=causal, scale=scale,
