@@ -187,17 +187,21 @@ def sample_rows(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> list[
         if bool((largest_r.abs() < LARGEST).all()):
             return [Sampled(token_id) for token_id in ids_r.tolist()]
     rows = _rows(logits_rv)
-    plain = [_plainly_drawn(sampler) for sampler in samplers]
-    choices = [None if p else _choice(row, s) for row, s, p in zip(rows, samplers, plain, strict=True)]
-    together = [sampler for sampler, p in zip(samplers, plain, strict=True) if p]
-    temperatures, generators = [s.params.temperature for s in together], [s.generator for s in together]
-    drawn = iter(draw_rows(_all_sane(rows[plain]), temperatures, generators))
+    unfiltered = [_unfiltered(sampler) for sampler in samplers]
+    choices = [None if u else _choice(row, s) for row, s, u in zip(rows, samplers, unfiltered, strict=True)]
+    together = [sampler for sampler, u in zip(samplers, unfiltered, strict=True) if u]
+    as_they_are = all(unfiltered) and not any(sampler.rules for sampler in together)  # spares a copy
+    whole = _all_sane(rows if as_they_are else rows[unfiltered])
+    for row, sampler in zip(whole, together, strict=True):
+        if sampler.rules:
+            sampler.apply(row)
+    drawn = iter(draw_rows(whole, [s.params.temperature for s in together], [s.generator for s in together]))
     found = []
     for row, choice, sampler in zip(rows, choices, samplers, strict=True):
         n, told_at, told = sampler.params.logprobs, sampler.params.logprobs_temperature, None
         if choice is None:
             token_id, logprob = next(drawn)
-            if n == 0 and told_at == sampler.params.temperature:
+            if n == 0 and told_at == sampler.params.temperature and not sampler.rules:
                 told = TokenLogprobs(token_id, logprob)
         else:
             token_id = choice if isinstance(choice, int) else draw(choice, sampler.generator)
@@ -262,11 +266,12 @@ def _plainly_greedy(sampler: SequenceSampler) -> bool:
     return sampler.greedy and not sampler.rules and sampler.params.logprobs is None
 
 
-def _plainly_drawn(sampler: SequenceSampler) -> bool:
-    """By its logits and the temperature alone."""
+def _unfiltered(sampler: SequenceSampler) -> bool:
+    """Drawn among all tokens."""
     params = sampler.params
-    unfiltered = params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0 and params.typical_p >= 1
-    return unfiltered and not sampler.greedy and not sampler.rules
+    return (
+        not sampler.greedy and params.top_k <= 0 and params.top_p >= 1 and params.min_p <= 0 and params.typical_p >= 1
+    )
 
 
 def _rows(logits_rv: Tensor) -> Row:

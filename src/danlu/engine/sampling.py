@@ -222,23 +222,12 @@ def _filtered(candidates: Candidates, params: SamplingParams) -> Candidates:
 
 
 def draw(candidates: Candidates, generator: torch.Generator) -> int:
-    """Draw one token id.
-
-    It takes one uniform number, whatever the filters have kept: the place in the cumulative distribution, where the
-    candidates come first and the other tokens, if there are any, behind them.
-    """
+    """Draw one token id of those that the filters have kept. It takes one uniform number: the place in the cumulative
+    distribution, the likeliest token first."""
+    assert candidates.row is None
+    mass = np.exp(candidates.logits - candidates.logits[0], dtype=np.float64).cumsum()
     place = float(torch.rand((), dtype=torch.float64, generator=generator))
-    mass = candidates.probabilities().cumsum()
-    if candidates.row is None:
-        return int(candidates.ids[_at(mass, place * mass[-1])])
-    if place < mass[-1]:
-        return int(candidates.ids[_at(mass, place)])
-    others = np.exp(candidates.row - log_total(candidates.row), dtype=np.float64)
-    others[candidates.ids] = 0
-    cumulative = others.cumsum()
-    if cumulative[-1] == 0:  # so unlikely that their probabilities are zero
-        return int(candidates.ids[-1])
-    return _at(cumulative, place - mass[-1])
+    return int(candidates.ids[_at(mass, place * mass[-1])])
 
 
 def _at(cumulative: npt.NDArray[np.float64], place: float) -> int:
