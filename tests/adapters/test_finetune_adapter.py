@@ -26,6 +26,8 @@ from danlu.adapters.wrapper import unwrap
 from danlu.config import load
 from danlu.engine.classify_config import ClassifyConfig
 from danlu.engine.classify_verb import classify
+from danlu.engine.engine import Engine
+from danlu.engine.engine_config import EngineConfig
 from danlu.engine.verbs import generate
 from danlu.engine.verbs_config import GenerateConfig
 from danlu.errors import DanluError, Problems
@@ -85,7 +87,12 @@ IDS = torch.randint(0, 290, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"adapter": "dora", "rslora": True, "dropout": 0.1}, {"adapter": "qlora", "targets": ("v_proj",)}]
+    "options",
+    [
+        {},
+        {"adapter": "dora", "rslora": True, "dropout": 0.1},
+        {"adapter": "qlora", "targets": ("v_proj",), "adapter_start": "zero"},
+    ],
 )
 def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: dict[str, Any]) -> None:
     out = finetune(config("tuned", steps=15, **options))
@@ -172,7 +179,7 @@ def test_merging_writes_the_model_that_was_trained(config: Any, base: Path, tmp_
 
 
 def test_four_bit_merges_tell_what_the_perplexity_does(config: Any, base: Path, tmp_path: Path) -> None:
-    tuned = finetune(config("tuned", quantize="nf4"))
+    tuned = finetune(config("tuned", quantize="nf4", adapter_start="zero"))
     options = {"base": base, "adapter": tuned, "data": config("x").data, "text_tokens": 200}
     merged = merge_adapter(MergeConfig(**options, out=tmp_path / "merged"))
     metrics = Card.load(merged).metrics
@@ -181,6 +188,23 @@ def test_four_bit_merges_tell_what_the_perplexity_does(config: Any, base: Path, 
     assert (logits(load_model(merged), IDS) - expected).abs().max() < 1e-4
     other = merge_adapter(MergeConfig(**options, out=tmp_path / "other", quantize="none"))
     assert (logits(load_model(other), IDS) - expected).abs().max() > 1e-3
+
+
+def test_an_adapter_may_begin_with_what_four_bits_lost(config: Any, base: Path, tmp_path: Path) -> None:
+    options = {"quantize": "nf4", "rank": 16, "steps": 1, "matrix_lr": 1e-9}
+    zero, auto = (finetune(config(start, adapter_start=start, **options)) for start in ("zero", "auto"))
+    whole = logits(load_model(base), IDS)
+    errors = [(logits(open_adapted(folder)[0], IDS) - whole).square().mean().item() for folder in (zero, auto)]
+    assert errors[1] < 0.8 * errors[0]
+    assert Card.load(auto).details["adapter"]["start"] == "error"
+    merged = merge_adapter(MergeConfig(base=base, adapter=auto, out=tmp_path / "merged"))
+    assert (logits(load_model(merged), IDS) - logits(open_adapted(auto)[0], IDS)).abs().max() < 1e-4
+    with pytest.raises(DanluError, match="adapter_start=zero"):
+        open_adapted(auto, quantize="none")
+    with Engine(base, EngineConfig(precision="fp32", kv_memory=8)) as engine:
+        engine.load_adapter("zero", zero)
+        with pytest.raises(DanluError, match="danlu merge"):
+            engine.load_adapter("auto", auto)
 
 
 def test_the_engine_opens_an_adapter_folder(config: Any, base: Path, tmp_path: Path) -> None:

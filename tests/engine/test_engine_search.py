@@ -26,7 +26,13 @@ from danlu.tokenizer.tokenizer import Tokenizer
 VOCAB = 37
 STOPS = (1, 17, 30)
 PROMPTS = [[5, 9, 30], [7], [11, 11, 12, 13, 14, 15, 16], [5, 9, 30, 6, 3] * 4]
-SMALL = {"max_running": 16, "step_tokens": 64, "block_size": 4, "kv_memory": 4}
+SMALL = {
+    "precision": "fp32",
+    "max_running": 16,
+    "step_tokens": 64,
+    "block_size": 4,
+    "kv_memory": 4,
+}  # fp32: an answer does not depend on what else runs
 PERIODIC = [[40, 41, 42, 43] * 3, [50, 51] * 5, [*range(60, 75), *range(60, 70)]]
 """They repeat themselves, so that there is something to look up at once."""
 

@@ -34,7 +34,7 @@ def config(model_folder: Path, prompts: Path, tmp_path: Path) -> AlignConfig:
         method="grpo", model=model_folder, data=prompts, out=tmp_path / "out", reward=("regex=[aeiou]",),
         prompts_per_step=6, group_size=6, max_new_tokens=6, max_prompt=64, steps=12, matrix_lr=1e-2, embed_lr=1e-2,
         head_lr=1e-2, norm_lr=1e-2, schedule="constant", warmup_steps=0, heldout_share=0.2, threads=1, log_to=(),
-        checkpoint_every=2,
+        checkpoint_every=2, precision="fp32",
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def test_pairs(make: Make) -> None:
     ]
     out = finetune(make(rows))
     assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "false", "1": "true"}
-    (answer,) = classify(ClassifyConfig(model=out, text="line 3", text2="row 3", device="cpu"))
+    (answer,) = classify(ClassifyConfig(model=out, text="line 3", text2="row 3", device="cpu", precision="fp32"))
     tokenizer, model = Tokenizer.load(out), load_model(out, SequenceClassifier)
     ids, types = tokenizer.encode_for_encoder("line 3", "row 3")
     assert 1 in types

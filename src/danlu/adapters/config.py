@@ -17,6 +17,10 @@ SCALE = 2.0
 Kind = Literal["lora", "dora"]
 
 
+AdapterStart = Literal["auto", "zero", "error"]
+"""What the update of an adapter begins as, see :func:`danlu.adapters.training.begin_adapter`."""
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """What an adapter is made of.

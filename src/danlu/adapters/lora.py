@@ -96,14 +96,14 @@ class LoRALinear(Wrapper):
         update: Tensor = adapter(x).to(y.dtype)
         if adapter.magnitude is None:
             return y + update
-        scale: Tensor = (adapter.magnitude / self._norms(adapter)).to(y.dtype)
+        scale: Tensor = (adapter.magnitude / self.norms(adapter)).to(y.dtype)
         if self.bias is None:
             return (y + update) * scale
         bias = self.bias.to(y.dtype)
         return (y - bias + update) * scale + bias
 
     @torch.no_grad()
-    def _norms(self, adapter: LowRank) -> Tensor:
+    def norms(self, adapter: LowRank) -> Tensor:
         """||W + s B A|| of each row. Taken for a constant in the backward pass, as section 4.3 of the paper proposes.
 
         Written out, so that no second matrix of the size of W is made:

@@ -42,11 +42,20 @@ def base_of(folder: str | Path) -> Path:
     )
 
 
+def makes_up_for_nf4(folder: str | Path) -> bool:
+    """Whether an adapter of ours began with what 4 bits had lost of its base, and so belongs to that base alone."""
+    return _adapter_details(folder).get("start") == "error"
+
+
 def trained_in(folder: str | Path) -> Literal["none", "nf4"]:
     """How the base was kept while an adapter of ours was trained."""
+    return "nf4" if _adapter_details(folder).get("quantize") == "nf4" else "none"
+
+
+def _adapter_details(folder: str | Path) -> dict[str, Any]:
     card = card_if_any(folder)
-    adapter = card.details.get("adapter") if card is not None else None
-    return "nf4" if isinstance(adapter, dict) and adapter.get("quantize") == "nf4" else "none"
+    details = card.details.get("adapter") if card is not None else None
+    return details if isinstance(details, dict) else {}
 
 
 def open_adapted(
@@ -74,6 +83,11 @@ def open_adapted(
     """
     place = base_of(folder) if base is None else base
     _compare(folder, place)
+    if quantize == "none" and makes_up_for_nf4(folder):
+        raise DanluError(
+            f"{folder}: makes up for what 4 bits have lost of its base, and cannot be added to the whole weights; "
+            "leave out quantize=none, or train it with adapter_start=zero"
+        )
     model: M = load_model(place, kind, dtype=dtype, new_head=True, **_head_options(folder, kind))
     if quantize == "nf4" or (quantize == "auto" and trained_in(folder) == "nf4"):
         from danlu.quantization.nf4_linear import quantize_linears

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from danlu.adapters.config import AdapterOptions
+from danlu.adapters.config import AdapterOptions, AdapterStart
 from danlu.adapters.lora import attach
 from danlu.adapters.peft_folder import save_adapter
-from danlu.adapters.sites import n_weights
+from danlu.adapters.quantization_error import Start, begin_with, lost_in_nf4
+from danlu.adapters.sites import Site, choose, n_weights
 from danlu.adapters.token_rows import enlarge
 from danlu.adapters.wrapper import active_adapter
 from danlu.errors import DanluError
@@ -21,6 +22,7 @@ from danlu.formats.card import Kind
 from danlu.models.causal_lm import CausalLM
 from danlu.models.heads import SequenceClassifier, TokenClassifier
 from danlu.models.load import Model, save_model
+from danlu.models.transformer import Transformer
 from danlu.tokenizer.tokenizer import Tokenizer
 
 RATE = 5e-4
@@ -80,9 +82,13 @@ def _id_of(tokenizer: Tokenizer, text: str) -> int | None:
 
 
 def begin_adapter(
-    options: AdapterOptions, model: Model, tokenizer: Tokenizer, *, seed: int
+    options: AdapterOptions, model: Model, tokenizer: Tokenizer, *, seed: int, start: AdapterStart = "zero"
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """Freeze a model, quantize it where that is asked for, and give it a fresh adapter.
+
+    Args:
+        start: zero: the model begins as it is without the adapter; error: with what its quantization has lost, as far
+            as the rank reaches (`quantization_error.py`); auto: that where it is quantized, and no encoder-decoder.
 
     Returns:
         The tokenizer, with the new tokens; and what the card shall say.
@@ -96,15 +102,28 @@ def begin_adapter(
             raise DanluError("new_tokens are for causal language models")
         tokenizer, ids = with_new_tokens(tokenizer, options.new_tokens)
         enlarge(model, tokenizer.vocab_size)
+    shape = options.adapter_shape(ids)
+    chosen: list[Site] = []
+    starts: dict[str, Start] = {}
+    if start == "auto":
+        start = "error" if options.in_nf4 and isinstance(model, Transformer) else "zero"
     if options.in_nf4:
         from danlu.quantization.nf4_linear import quantize_linears
 
+        if start == "error":
+            if not isinstance(model, Transformer):
+                raise DanluError("adapter_start=error is for models of one stack; leave it out")
+            exact_shape, chosen = choose(model, shape)
+            assert exact_shape.rank is not None
+            starts = lost_in_nf4(model, chosen, exact_shape.rank, seed=seed)
         quantize_linears(model)
     total = n_weights(model)
-    shape = attach(model, options.adapter_shape(ids), seed=seed)
+    shape = attach(model, shape, seed=seed)
+    begin_with(model, chosen, starts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return tokenizer, {
-        **dataclasses.asdict(shape), "quantize": "nf4" if options.in_nf4 else "none", "trained_share": trained / total,
+        **dataclasses.asdict(shape), "quantize": "nf4" if options.in_nf4 else "none", "start": start,
+        "trained_share": trained / total,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.adapters.lora import LoRALinear, LowRank
-from danlu.adapters.open import trained_in
+from danlu.adapters.open import makes_up_for_nf4, trained_in
 from danlu.adapters.peft_folder import BASE, WEIGHTS, load_adapter
 from danlu.adapters.wrapper import wrappers
 from danlu.console import warn
@@ -58,6 +58,11 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
         raise DanluError(
             f"{folder}: holds the head's own weights besides an update of them, which belong to one base model alone; "
             f"merge it: danlu merge BASE {folder} OUT"
+        )
+    if makes_up_for_nf4(folder):
+        raise DanluError(
+            f"{folder}: makes up for what 4 bits have lost of its base, and cannot be added to other weights; "
+            f"merge it: danlu merge BASE {folder} OUT, or train it with adapter_start=zero"
         )
     model = _weightless(config, hf_config)
     load_adapter(model, folder, name=_NAME)

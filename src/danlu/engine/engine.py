@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from danlu.adapters.wrapper import effective_weights
 from danlu.config import validate
 from danlu.engine.answers import Answers
 from danlu.engine.batch import AdapterRunner, Runner
@@ -31,7 +30,7 @@ from danlu.engine.engine_config import EngineConfig
 from danlu.engine.grammar import Grammar
 from danlu.engine.kv_memory import blocks_that_fit, longest_that_fits, most_blocks, rope_key
 from danlu.engine.logit_rules import SequenceSampler
-from danlu.engine.native_runner import NativeRunner
+from danlu.engine.native_runner import NativeRunner, weights_in_use
 from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, Unit, prompt_ids
 from danlu.engine.request import Sequence as Line
 from danlu.engine.runners import open_draft_model, open_runner
@@ -493,7 +492,7 @@ class Engine:
         if self._answers.requests:
             raise DanluError("update: requests are running; let them end, or abort them, before the weights change")
         if isinstance(self.runner, NativeRunner):
-            self.runner.update(effective_weights(model))
+            self.runner.update(weights_in_use(model))
         elif isinstance(self.runner, TorchRunner):
             self.runner.take(model)
         self._scheduler.blocks.forget_prefixes()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from danlu.adapters.peft_config import read_peft_config
-from danlu.adapters.wrapper import effective_weights
+from danlu.adapters.wrapper import effective_weights, wrappers
 from danlu.engine.adapters import Update, read_updates
 from danlu.engine.batch import Batch, kv_groups
 from danlu.engine.packed import Arena, Matrix, huge_pages, pack
@@ -70,6 +70,17 @@ def why_not(config: ModelConfig) -> str | None:
     }
     found = [what for what, is_so in missing.items() if is_so]
     return None if not found else f"no kernel for {', '.join(found)}"
+
+
+def weights_in_use(model: CausalLM) -> dict[str, Tensor]:
+    """What a model multiplies with: matrices rounded to its compute dtype, its active adapter put into them.
+
+    With an adapter they stay as wide as they are stored: what it adds may be less than their rounding.
+    """
+    found, dtype = effective_weights(model), model.compute_dtype
+    if dtype is None or wrappers(model):
+        return found
+    return {name: weight.to(dtype) if weight.ndim == 2 else weight for name, weight in found.items()}
 
 
 class NativeRunner:
@@ -131,8 +142,8 @@ class NativeRunner:
 
     @classmethod
     def of(cls, model: CausalLM, **options: Any) -> NativeRunner:
-        """A model in memory; its active adapter is put into the copy."""
-        return cls(model.config, effective_weights(model), hf_config=model.hf_config.copy, **options)
+        """A model in memory, see :func:`weights_in_use`."""
+        return cls(model.config, weights_in_use(model), hf_config=model.hf_config.copy, **options)
 
     @property
     def weight_bytes(self) -> int:

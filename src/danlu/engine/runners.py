@@ -79,7 +79,7 @@ def _why_not_native(model: Path | CausalLM, config: EngineConfig, device: torch.
     if isinstance(model, Path):
         return why_not(read_config(model))
     stored = model.embed.weight.dtype
-    if model.compute_dtype not in (None, stored):
+    if model.compute_dtype not in (None, stored) and stored != torch.float32:
         return f"the model computes in {model.compute_dtype}"
     adapted = wrappers(model).values()
     if adapted and stored != torch.float32:

@@ -4,21 +4,26 @@
 #include "simd.h"
 
 #ifdef __AVX512F__
-constexpr int ROWS = 12;  // 32 registers; more rows would not fill 48, the rows of attention
+constexpr int ROWS = 16;  // of 32 registers; 48, the rows of attention, are three times as many
 #else
 constexpr int ROWS = 6;  // with two vectors of columns: 12 accumulators, the most that 16 registers allow
 #endif
 
-// out[m][0:16] (+)= sum_l a[m][l] * b[l][0:16]
-template <int M, class T>
+constexpr int STREAM = 4096;  // bytes: weights are asked for this long before they are used. The CPU alone asks too late
+
+// out[m][0:16] (+)= sum_l a[m][l] * b[l][0:16], while what lies AHEAD of b is fetched (0: nothing is).
+template <int AHEAD, int M, class T>
 inline void rows_by_16(const float* a, size_t lda, const T* b, size_t ldb, int len, float* out, size_t ldo, bool add) {
     Vec acc[M * NV];
     unroll<M * NV>([&](int i) ALWAYS_INLINE { acc[i] = add ? load(out + i / NV * ldo + i % NV * W) : set1(0.0f); });
+    const float* row[(M + 3) / 4];  // every fourth: the others are lda, 2 lda and 3 lda further, for want of registers
+    for (int m = 0; m < M; m += 4) row[m / 4] = a + m * lda;
     for (int l = 0; l < len; l++) {
+        if constexpr (AHEAD > 0) _mm_prefetch((const char*)(b + l * ldb) + AHEAD, _MM_HINT_T0);
         Vec y[NV];
         unroll<NV>([&](int v) ALWAYS_INLINE { y[v] = load(b + l * ldb + v * W); });
         unroll<M>([&](int m) ALWAYS_INLINE {
-            Vec x = set1(a[m * lda + l]);
+            Vec x = set1(row[m / 4][m % 4 * lda + l]);
             unroll<NV>([&](int v) ALWAYS_INLINE { acc[m * NV + v] = fma(x, y[v], acc[m * NV + v]); });
         });
     }
@@ -26,16 +31,17 @@ inline void rows_by_16(const float* a, size_t lda, const T* b, size_t ldb, int l
 }
 
 // The first of `rows`, as many as fit, M at most.
-template <int M, class T>
+template <int AHEAD, int M, class T>
 inline void first_rows(const float* a, size_t lda, int rows, const T* b, size_t ldb, int len, float* out, size_t ldo,
                        bool add) {
-    if (rows >= M) rows_by_16<M>(a, lda, b, ldb, len, out, ldo, add);
-    else if constexpr (M > 1) first_rows<M - 1>(a, lda, rows, b, ldb, len, out, ldo, add);
+    if (rows >= M) rows_by_16<AHEAD, M>(a, lda, b, ldb, len, out, ldo, add);
+    else if constexpr (M > 1) first_rows<AHEAD, M - 1>(a, lda, rows, b, ldb, len, out, ldo, add);
 }
 
-template <class T>
+template <int AHEAD = 0, class T>
 inline void by_16(const float* a, size_t lda, int rows, const T* b, size_t ldb, int len, float* out, size_t ldo,
                   bool add) {
-    for (int m = 0; m < rows; m += ROWS, a += ROWS * lda, out += ROWS * ldo)
-        first_rows<ROWS>(a, lda, rows - m, b, ldb, len, out, ldo, add);
+    first_rows<AHEAD, ROWS>(a, lda, rows, b, ldb, len, out, ldo, add);
+    for (int m = ROWS; m < rows; m += ROWS)
+        first_rows<0, ROWS>(a + m * lda, lda, rows - m, b, ldb, len, out + m * ldo, ldo, add);
 }

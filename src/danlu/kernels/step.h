@@ -210,9 +210,9 @@ class Step {
         const uint8_t* data = w.data + tile * matrix_tile_bytes(w);
         const float* x = input_.data() + size_t(row0) * w.k;
         switch (w.kind) {
-            case F32: by_16(x, w.k, rows, (const float*)data, TILE, w.k, out, WIDE, false); break;
-            case BF16: by_16(x, w.k, rows, (const bf16*)data, TILE, w.k, out, WIDE, false); break;
-            case F16: by_16(x, w.k, rows, (const f16*)data, TILE, w.k, out, WIDE, false); break;
+            case F32: by_16<STREAM>(x, w.k, rows, (const float*)data, TILE, w.k, out, WIDE, false); break;
+            case BF16: by_16<STREAM>(x, w.k, rows, (const bf16*)data, TILE, w.k, out, WIDE, false); break;
+            case F16: by_16<STREAM>(x, w.k, rows, (const f16*)data, TILE, w.k, out, WIDE, false); break;
             case Q8_0: quantized_tile<Q8_0>(data, w.k, quantized_input(n), row0, rows, out); break;
             case Q4_0: quantized_tile<Q4_0>(data, w.k, quantized_input(n), row0, rows, out); break;
             default: quantized_tile<Q4_1>(data, w.k, quantized_input(n), row0, rows, out);

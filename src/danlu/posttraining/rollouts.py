@@ -1,7 +1,8 @@
 """Answers that a model draws while it is trained: from the engine, with the log-probability of each token.
 
-The engine computes with the very numbers that are trained (fp32 weights stay fp32; in bf16 it runs the model itself),
-so that what it says of a token is what the trainer computes again. How far the two are apart is watched in training.
+The engine multiplies with the very numbers that the trainer multiplies with: fp32 weights, or those rounded to bf16. In
+fp32 both say the same of a token, to 1e-5 nats. In bf16 the trainer rounds activations too, which the native kernels do
+not: how far the two are apart is watched in training, and corrected for.
 """
 
 from __future__ import annotations

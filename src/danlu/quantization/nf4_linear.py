@@ -136,13 +136,21 @@ def quantize_linears(
     for name in names:
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear)
-        try:
-            packed = NF4Linear.from_linear(linear, block=block, double=double)
-        except DanluError as error:
-            raise DanluError(f"{name}.weight: {error}") from None
-        model.set_submodule(name, packed)
+        model.set_submodule(name, packed_linear(name, linear, block=block, double=double))
         forget(linear.weight)
         del linear
+
+
+def packed_linear(name: str, linear: Linear, *, block: int = 64, double: bool = True) -> NF4Linear:
+    """A layer of this name in NF4.
+
+    Raises:
+        DanluError: weights that are not finite, with the name.
+    """
+    try:
+        return NF4Linear.from_linear(linear, block=block, double=double)
+    except DanluError as error:
+        raise DanluError(f"{name}.weight: {error}") from None
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from danlu.adapters.config import AdapterOptions
+from danlu.adapters.config import AdapterOptions, AdapterStart
 from danlu.config import REQUIRED, option
 from danlu.training.heldout_config import HeldOutOptions
 from danlu.training.labelled_config import LabelledOptions
@@ -192,6 +192,12 @@ class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOpt
         ge=0,
         le=1000,
     )
+    adapter_start: AdapterStart = option(
+        "auto",
+        "What an adapter begins as: zero, the model as it is; error: with what quantize=nf4 has lost of the weights, "
+        "as far as its rank reaches, which belongs to the 4-bit base alone; auto: error with nf4 (encoder-decoders: "
+        "zero).",
+    )
     target_len: int = option(
         128, "seq2seq: longest target; rows with a longer one are left out.", unit="tokens", ge=2, le=131072
     )
@@ -209,6 +215,10 @@ class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOpt
         found += self.adapter_problems()
         if self.adapter != "none" and self.optimizer == "muon":
             found.append("optimizer=muon is for whole matrices; an adapter's are learned with adamw")
+        if self.adapter_start == "error" and not self.in_nf4:
+            found.append("adapter_start=error makes up for what quantize=nf4 loses; add that, or leave it out")
+        if self.adapter_start == "zero" and self.adapter == "none":
+            found.append("adapter_start is for adapters; add adapter=lora")
         if self.new_tokens and self.task != "causal":
             found.append(f"new_tokens are for task=causal, not {self.task}")
         if self.task != "causal" and self.compile == "always":

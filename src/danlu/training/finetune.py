@@ -79,7 +79,9 @@ def finetune(config: FinetuneConfig) -> Path:
     details: dict[str, Any] = {}
     with stage.preparing():
         if config.adapter != "none":
-            tokenizer, details["adapter"] = adapters.begin_adapter(config, model, tokenizer, seed=config.seed)
+            tokenizer, details["adapter"] = adapters.begin_adapter(
+                config, model, tokenizer, seed=config.seed, start=config.adapter_start
+            )
             if config.optimizer == "auto":
                 config = dataclasses.replace(config, optimizer="adamw")
         reader = adapters.reads_tokens(tokenizer, config.new_tokens) if config.new_tokens else tokenizer

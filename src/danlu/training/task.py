@@ -138,7 +138,7 @@ def train_task(config: FinetuneConfig, prepare: Callable[[FinetuneConfig, Tokeni
 
 def _begin_adapter(config: FinetuneConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the card says of the adapter that the model is given."""
-    _, details = adapters.begin_adapter(config, model, tokenizer, seed=config.seed)
+    _, details = adapters.begin_adapter(config, model, tokenizer, seed=config.seed, start=config.adapter_start)
     return {"adapter": details, **adapters.head_details(model)}
 
 
