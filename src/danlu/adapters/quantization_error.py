@@ -55,7 +55,8 @@ def lost_in_nf4(model: Transformer, chosen: Sequence[Site], rank: int, *, seed: 
             lost = torch.cat([_error(name, model.get_submodule(name)) for name in site.ours]) * size
             u, s, v = torch.svd_lowrank(lost, q=min(rank + EXTRA, *lost.shape), niter=4)
             root = s[:rank].sqrt()
-            found[site.theirs] = ((v[:, :rank] * root).T / size, [*(u[:, :rank] * root).split(site.out_features)])
+            bs = (u[:, :rank] * root).split_with_sizes(list(site.out_features))
+            found[site.theirs] = ((v[:, :rank] * root).T / size, list(bs))
     return found
 
 

@@ -13,6 +13,7 @@ from danlu.errors import DanluError
 from danlu.nn import masks
 from danlu.nn.block import Block
 from danlu.nn.config import ModelConfig
+from danlu.nn.documents import Documents
 from danlu.nn.embedding import Embedding
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.mlp import MLP
@@ -129,7 +130,7 @@ class Transformer(nn.Module):
         """
         t = ids_bt.shape[1]
         length: int | Tensor | None
-        mask_of: dict[int | None, Tensor | None] = {}
+        mask_of: dict[int | None, Tensor | Documents | None] = {}
         if isinstance(cache, PagedStep):
             self._check_length(cache.longest)
             positions_bt, length = cache.positions_bt, cache.max_lens_bt
@@ -205,8 +206,9 @@ class Transformer(nn.Module):
         prefixes_bt: Tensor | None,
         cache: KVCache | None,
         real_bt: Tensor | None,
-    ) -> dict[int | None, Tensor | None]:
-        """The additive mask of each window that occurs; None where plain (causal or full) attention says it all."""
+    ) -> dict[int | None, Tensor | Documents | None]:
+        """The additive mask of each window that occurs; None where plain (causal or full) attention says it all, and
+        where causality within documents does, and the hardware computes that document by document: those."""
         config, t = self.config, positions_bt.shape[1]
         past = 0 if cache is None else cache.length
         real_bs = real_bt if cache is None else cache.real(t)
@@ -218,12 +220,18 @@ class Transformer(nn.Module):
             apart = prefixes_bt is not None
             bias = self.relative_bias.between(positions_bt, positions_bt) if apart else self.relative_bias(t, past + t)
 
-        found: dict[int | None, Tensor | None] = {}
+        by_document = segments_bt is not None and config.causal and real_bs is None and bias is None
+        by_document &= config.attention_softcap is None and positions_bt.device.type == "cpu"
+        found: dict[int | None, Tensor | Documents | None] = {}
         for window in {config.window_of(layer) for layer in range(config.n_layers)}:
             cut = window is not None and window < past + t
             chunk = config.causal and past > 0 and t > 1  # SDPA's causal flag knows no keys from before
             if not cut and not chunk and bias is None and real_bs is None and segments_bt is None:
                 found[window] = None
+                continue
+            if by_document and not cut:
+                assert segments_bt is not None
+                found[window] = Documents(segments_bt, prefixes_bt)
                 continue
             in_row = window if segments_bt is None else None  # in packed rows, positions say what is near
             allowed = masks.visible(t, past + t, causal=config.causal, window=in_row, device=self.device)

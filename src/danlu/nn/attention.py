@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from danlu.nn.config import ModelConfig
+from danlu.nn.documents import Documents, attend_documents
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.linear import Linear
 from danlu.nn.norm import make_norm
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         self,
         x_btd: Tensor,
         rotation: Rotation | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KVCache | PagedStep | None = None,
         memory: tuple[Tensor, Tensor] | LayerMemory | None = None,
     ) -> Tensor:
@@ -60,8 +61,9 @@ class Attention(nn.Module):
 
         Args:
             rotation: cos and sin of the positions, for layers that have any.
-            mask: boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys). None:
-                causal attention if the model is causal and there are as many keys as queries, else all may be seen.
+            mask: boolean (True where a query may look) or additive, broadcastable to (batch, heads, seq, keys); or the
+                documents of packed rows. None: causal attention if the model is causal and there are as many keys as
+                queries, else all may be seen.
             cache: earlier keys and values. A paged one knows by itself what each token may see, and takes no mask.
             memory: keys and values of another sequence, (batch, n_kv_heads, keys, head_dim) each, or those of many, to
                 go with a paged cache.
@@ -79,6 +81,8 @@ class Attention(nn.Module):
                 k, v = cache.update(self.layer, k, v)
         else:
             k, v = memory
+        if isinstance(mask, Documents):
+            return self._output(attend_documents(q, k, v, mask, scale=self.scale))
         causal = self.causal and mask is None and q.shape[2] == k.shape[2] > 1
         return self._output(attend(q, k, v, mask, causal=causal, scale=self.scale, softcap=self.softcap))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from danlu.nn.attention import Attention
 from danlu.nn.config import ModelConfig
+from danlu.nn.documents import Documents
 from danlu.nn.kv_cache import KVCache
 from danlu.nn.mlp import MLP, GatedMLP
 from danlu.nn.moe import MoE, Routing
@@ -62,7 +63,7 @@ class Block(nn.Module):
         self,
         x_btd: Tensor,
         rotation: Rotation | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Documents | None = None,
         cache: KVCache | PagedStep | None = None,
         memory: tuple[Tensor, Tensor] | LayerMemory | None = None,
         memory_mask: Tensor | None = None,
