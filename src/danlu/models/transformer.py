@@ -151,7 +151,7 @@ class Transformer(nn.Module):
             mask = mask_of.get(self.config.window_of(layer))
             attended = None if memory is None else memory.keys_values[layer]
             arguments = (x, rotation, mask, cache, attended, memory_mask)
-            if self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and cache is None:  # also where nothing is learned: it gives memory back
                 decided: list[Routing] = []  # the second run, in the backward pass, adds to this list and no other
                 x = recomputed(block, *arguments, decided)
                 if routings is not None:
