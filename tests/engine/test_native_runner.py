@@ -12,7 +12,11 @@ from paged_sequences import SHAPE, VOCAB, Sequences, random_model
 from test_torch_runner import FAMILIES, LENGTHS, LONGROPE
 from torch import Tensor, nn
 
-from danlu.engine.native_runner import NativeRunner, why_not
+from danlu.adapters.config import AdapterShape
+from danlu.adapters.lora import attach
+from danlu.engine.engine_config import EngineConfig
+from danlu.engine.native_runner import NativeRunner, weights_in_use, why_not
+from danlu.engine.runners import open_runner
 from danlu.engine.torch_runner import TorchRunner
 from danlu.errors import DanluError
 from danlu.formats.gguf_blocks import PackedTensor, quantize
@@ -208,3 +212,22 @@ def test_what_has_no_kernel_is_said() -> None:
         assert what in str(why_not(decoder(FAMILIES[family]).config))
     with pytest.raises(DanluError, match="heads of 8"):
         NativeRunner.of(decoder(FAMILIES["llama"]))
+
+
+def test_a_model_in_training_runs_with_the_numbers_that_it_multiplies_with() -> None:
+    """Master weights are fp32; of a step in bf16 the products see them rounded. Adapters are not rounded into them."""
+    model = decoder({**options("llama"), "tie_embeddings": True})
+    model.compute_dtype = torch.bfloat16
+    runner, _ = open_runner(model, EngineConfig(), None)
+    assert isinstance(runner, NativeRunner)
+    assert {matrix.kind for matrix in runner._matrices} == {"BF16"}
+    rounded = decoder({**options("llama"), "tie_embeddings": True})
+    with torch.no_grad():
+        for p in rounded.parameters():
+            if p.ndim == 2:
+                p.copy_(p.bfloat16())
+    sequences = NativeSequences(rounded, LENGTHS, weights=weights_in_use(model), kv_dtype="fp32")
+    assert sequences.errors(sequences.play()).abs().max() < 1e-4
+
+    attach(model, AdapterShape(rank=2), seed=0)
+    assert all(weight.dtype == torch.float32 for weight in weights_in_use(model).values())

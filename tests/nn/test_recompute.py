@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from danlu import hardware
+from danlu.models.causal_lm import CausalLM
+from danlu.nn.config import ModelConfig, Rope
 from danlu.nn.recompute import recomputed
 
 
@@ -26,6 +29,17 @@ def test_values_and_gradients_are_those_of_the_blocks() -> None:
         torch.autograd.grad(kept, weights, grad), torch.autograd.grad(again, weights, grad), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_a_model_gives_back_between_its_blocks_also_where_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {"n_layers": 3, "dim": 16, "n_heads": 1, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 16, "context": 8}
+    model = CausalLM(ModelConfig(vocab_size=10, rope=Rope(), **shape)).eval()
+    model.gradient_checkpointing = True
+    given_back = []
+    monkeypatch.setattr(hardware, "return_freed_memory", lambda: given_back.append(1))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    assert len(given_back) == 3
 
 
 RESIDENT = """
