@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,6 +329,23 @@ def test_a_budget_of_minutes_becomes_steps_and_timing_them_leaves_no_trace(make_
     counted = pretrain(make_config("counted", steps=steps))
     assert losses(timed) == losses(counted)
     assert weights(timed) == weights(counted)
+
+
+def test_what_only_the_first_measurement_takes_is_not_planned_for(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling it for held-out rows took 20 s, and ten times that was kept free."""
+    measure, calls = Trainer.measure_held_out, []
+
+    def slow_at_first(self: Trainer) -> Any:
+        if not calls:
+            time.sleep(1)
+        calls.append(1)
+        return measure(self)
+
+    monkeypatch.setattr(Trainer, "measure_held_out", slow_at_first)
+    pretrain(make_config("slow", steps=None, minutes=0.1))
+    assert len(losses(make_config("slow").out)) > 1
 
 
 def test_impossible_options_are_told_together(make_config: MakeConfig) -> None:
