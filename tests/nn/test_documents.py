@@ -61,6 +61,12 @@ def test_the_compiler_is_told_the_truth(shared: bool) -> None:
     torch.library.opcheck(documents._attend, (*heads(torch.float32), *rows(shared), 0.3), test_utils=checks)
 
 
+def test_a_document_in_two_pieces_is_refused() -> None:
+    q = torch.zeros(1, 1, 5, 16)
+    with pytest.raises(ValueError, match="one piece"):
+        attend_documents(q, q, q, Documents(torch.tensor([[0, 0, 1, 0, -1]])), scale=1.0)
+
+
 def test_a_model_reads_packed_rows_by_document_and_with_a_window_by_mask() -> None:
     """What it says of a document is what it says of it alone."""
     shape = {"n_layers": 2, "dim": 32, "n_heads": 2, "n_kv_heads": 1, "head_dim": 16, "ffn_dim": 64, "context": 128}
