@@ -101,7 +101,7 @@ inline void absorb(float& most, float& total, float* out, float chunk_most, floa
 // ascending. Leaves in scratch what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
 template <class T>
 inline void attend(const Heads& heads, const int* positions, int rows, int chunk, AttentionScratch& scratch) {
-    constexpr int AHEAD = 3;  // blocks lie anywhere in memory: no hardware foresees the next one
+    constexpr int AHEAD = 4;  // blocks lie anywhere in memory: no hardware foresees the next one
     const int dim = heads.head_dim, start = chunk * KEYS;
     const size_t block_bytes = cache_block_bytes<T>(dim);
     float *scores = scratch.scores.data(), *out = scratch.out.data();
@@ -112,12 +112,22 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
     const int first = heads.window ? std::max(0, (positions[0] - heads.window + 1 - start) / TILE) : 0;
     const int32_t* table = heads.table + start / TILE;
     for (int b = first; b < std::min(first + AHEAD, n_blocks); b++) fetch(heads.keys + table[b] * heads.stride, block_bytes);
-    for (int b = first; b < n_blocks; b++) {
-        const uint8_t* block = heads.keys + table[b] * heads.stride;
-        if (b + AHEAD < n_blocks) fetch(heads.keys + table[b + AHEAD] * heads.stride, block_bytes);
-        fetch(heads.values + table[b] * heads.stride, block_bytes);
-        by_16(scratch.queries.data(), dim, rows, (const T*)block, TILE, dim, scores + b * TILE, KEYS, false);
-        if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
+    const auto keys = [&](int b) { return heads.keys + table[b] * heads.stride; };
+    const auto values = [&](int b) { return heads.values + table[b] * heads.stride; };
+    for (int b = first, taken; b < n_blocks; b += taken) {
+        taken = rows <= FEW_QUERIES && b + 4 <= n_blocks ? 4 : 1;
+        for (int i = b; i < b + taken; i++) {
+            if (i + AHEAD < n_blocks) fetch(keys(i + AHEAD), block_bytes);
+            fetch(values(i), block_bytes);
+        }
+        if (taken == 4) {
+            const T* const blocks[] = {(const T*)keys(b), (const T*)keys(b + 1), (const T*)keys(b + 2), (const T*)keys(b + 3)};
+            by_64(scratch.queries.data(), dim, rows, blocks, TILE, dim, scores + b * TILE, KEYS, false);
+        } else {
+            by_16(scratch.queries.data(), dim, rows, (const T*)keys(b), TILE, dim, scores + b * TILE, KEYS, false);
+        }
+        if (sizeof(T) == 1)
+            for (int i = b; i < b + taken; i++) times_scales((const float*)(keys(i) + size_t(TILE) * dim), rows, scores + i * TILE);
     }
     for (int m = 0; m < rows; m++) {
         float* s = scores + m * KEYS;
@@ -141,10 +151,17 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
         scratch.total[m] = sum(total);
     }
     for (int b = first; b < n_blocks; b++) {
-        const uint8_t* block = heads.values + table[b] * heads.stride;
+        const uint8_t* block = values(b);
         if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
         int filled = std::min(TILE, n_keys - b * TILE);  // the rest of a block is whatever it held before
-        for (int d = 0; d < dim; d += TILE)
+        int d = 0;
+        if (rows <= FEW_QUERIES)
+            for (; d + 4 * TILE <= dim; d += 4 * TILE) {
+                const T* at = (const T*)block + d;
+                const T* const columns[] = {at, at + TILE, at + 2 * TILE, at + 3 * TILE};
+                by_64(scores + b * TILE, KEYS, rows, columns, dim, filled, out + d, dim, true);
+            }
+        for (; d < dim; d += TILE)
             by_16(scores + b * TILE, KEYS, rows, (const T*)block + d, dim, filled, out + d, dim, true);
     }
 }

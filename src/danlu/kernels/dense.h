@@ -45,3 +45,34 @@ inline void by_16(const float* a, size_t lda, int rows, const T* b, size_t ldb, 
     for (int m = ROWS; m < rows; m += ROWS)
         first_rows<0, ROWS>(a + m * lda, lda, rows - m, b, ldb, len, out + m * ldo, ldo, add);
 }
+
+#ifdef __AVX512F__
+constexpr int FEW_QUERIES = 6;  // four sums of each fit in the registers
+#else
+constexpr int FEW_QUERIES = 0;
+#endif
+
+// The same for a few rows and four b at once, whose columns follow each other in out: a row's one sum would wait for
+// itself. Every sum is taken in the order of by_16.
+template <int M, class T>
+inline void rows_by_64(const float* a, size_t lda, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
+    Vec acc[4 * M];
+    unroll<4 * M>([&](int i) ALWAYS_INLINE { acc[i] = add ? load(out + i / 4 * ldo + i % 4 * W) : set1(0.0f); });
+    for (int l = 0; l < len; l++) {
+        Vec y[4];
+        unroll<4>([&](int j) ALWAYS_INLINE { y[j] = load(b[j] + l * ldb); });
+        unroll<M>([&](int m) ALWAYS_INLINE {
+            Vec x = set1(a[m * lda + l]);
+            unroll<4>([&](int j) ALWAYS_INLINE { acc[4 * m + j] = fma(x, y[j], acc[4 * m + j]); });
+        });
+    }
+    unroll<4 * M>([&](int i) ALWAYS_INLINE { store(out + i / 4 * ldo + i % 4 * W, acc[i]); });
+}
+
+template <int M = FEW_QUERIES, class T>
+inline void by_64(const float* a, size_t lda, int rows, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
+    if constexpr (M > 0) {
+        if (rows == M) rows_by_64<M>(a, lda, b, ldb, len, out, ldo, add);
+        else by_64<M - 1>(a, lda, rows, b, ldb, len, out, ldo, add);
+    }
+}

@@ -9,11 +9,16 @@
 #include "abi.h"
 #include "simd.h"
 
-// Activations of some rows, block by block: codes (block, row, 32), then dx and dx * sum(xq) as (block, row).
+constexpr int ROW_GROUP = 8;  // rows whose blocks lie side by side: they are multiplied together
+
+// Activations of some rows: codes (row / 8, block, row % 8, 32), then dx and dx * sum(xq) of each block in that order.
 struct Quantized {
     int8_t* codes;
     float *scales, *sums;
-    int rows;
+
+    static size_t place(int row, int block, int k) {
+        return (size_t(row / ROW_GROUP) * (k / BLOCK) + block) * ROW_GROUP + row % ROW_GROUP;
+    }
 };
 
 inline void quantize_row(const float* x, int k, const Quantized& to, int row) {
@@ -22,7 +27,8 @@ inline void quantize_row(const float* x, int k, const Quantized& to, int row) {
         for (int i = W; i < BLOCK; i += W) most = max(most, abs(load(x + i)));
         float scale = greatest(most) / 127;
         Vec inverse = set1(scale > 0 ? 1 / scale : 0);
-        int8_t* codes = to.codes + (size_t(b) * to.rows + row) * BLOCK;
+        const size_t at = Quantized::place(row, b, k);
+        int8_t* codes = to.codes + at * BLOCK;
         Vec total = set1(0);
         for (int i = 0; i < BLOCK; i += W) {
             Vec q = round(load(x + i) * inverse);
@@ -35,8 +41,8 @@ inline void quantize_row(const float* x, int k, const Quantized& to, int row) {
             _mm_storel_epi64((__m128i*)(codes + i), _mm_packs_epi16(half, half));
 #endif
         }
-        to.scales[size_t(b) * to.rows + row] = scale;
-        to.sums[size_t(b) * to.rows + row] = scale * sum(total);
+        to.scales[at] = scale;
+        to.sums[at] = scale * sum(total);
     }
 }
 
@@ -57,6 +63,12 @@ constexpr int SPAN = 2;
 constexpr int SPAN = 1;
 #endif
 constexpr int WIDE = SPAN * TILE;
+
+// Weights are read once, faster than the hardware looks ahead: tiles follow each other across pages.
+inline void fetch_ahead(const uint8_t* tile, size_t n_bytes) {
+    constexpr size_t AHEAD = 8192;
+    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char*)tile + AHEAD + i, _MM_HINT_T0);
+}
 
 #ifdef __AVX512VNNI__
 #include "quantized_avx512.h"
@@ -106,19 +118,13 @@ struct Half {
     }
 };
 
-// Weights are read once, faster than the hardware looks ahead: tiles follow each other across pages.
-inline void fetch_ahead(const uint8_t* tile, size_t n_bytes) {
-    constexpr size_t AHEAD = 4096;  // measured: 1, 2 and 8 KiB are slower, none is slowest
-    for (size_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char*)tile + AHEAD + i, _MM_HINT_T0);
-}
-
 template <int KIND>
 inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
     if (rows == 1) {
         Vec acc[2] = {set1(0), set1(0)};
         for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
             fetch_ahead(tiles, tile_bytes(KIND));
-            size_t at = size_t(b) * x.rows + row0;
+            const size_t at = x.place(row0, b, k);
             Vec scale = set1(x.scales[at]), total = set1(x.sums[at]);
             for (int half = 0; half < 2; half++) {
                 Half<KIND> w(tiles, half);
@@ -133,13 +139,13 @@ inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int 
     std::memset(out, 0, sizeof(float) * TILE * rows);
     for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
         fetch_ahead(tiles, tile_bytes(KIND));
-        size_t at = size_t(b) * x.rows + row0;
         for (int half = 0; half < 2; half++) {
             Half<KIND> w(tiles, half);
             float* acc = out + half * W;
             for (int m = 0; m < rows; m++, acc += TILE) {
-                Vec y = fma(w.dot(x.codes + (at + m) * BLOCK) * w.scale, set1(x.scales[at + m]), load(acc));
-                if (KIND != Q8_0) y = fma(w.minimum, set1(x.sums[at + m]), y);
+                const size_t at = x.place(row0 + m, b, k);
+                Vec y = fma(w.dot(x.codes + at * BLOCK) * w.scale, set1(x.scales[at]), load(acc));
+                if (KIND != Q8_0) y = fma(w.minimum, set1(x.sums[at]), y);
                 store(acc, y);
             }
         }

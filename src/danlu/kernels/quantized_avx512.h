@@ -29,14 +29,13 @@ struct Codes {
     }
 
     // acc + the products with a row's activations of this block.
-    Vec add(Vec acc, const int8_t* x, float x_scale, float x_sum) const {
-        __m512i lower = _mm512_setzero_si512(), upper = lower;  // two sums: half the latency
-        for (int j = 0; j < 4; j++) {
-            lower = _mm512_dpbusd_epi32(lower, codes[j], four(x + 4 * j));
-            upper = _mm512_dpbusd_epi32(upper, codes[j + 4], four(x + 4 * j + 16));
-        }
+    ALWAYS_INLINE Vec add(Vec acc, const int8_t* x, float x_scale, float x_sum) const {
+        __m512i lower = _mm512_setzero_si512(), upper = lower;
+        unroll<4>([&](int j) ALWAYS_INLINE { lower = _mm512_dpbusd_epi32(lower, codes[j], four(x + 4 * j)); });
+        if (!RAISED) upper = lower;
+        unroll<4>([&](int j) ALWAYS_INLINE { upper = _mm512_dpbusd_epi32(upper, codes[j + 4], four(x + 4 * j + 16)); });
         if (KIND != Q8_0 && RAISED) upper = _mm512_srai_epi32(upper, 4);
-        Vec total = _mm512_cvtepi32_ps(_mm512_add_epi32(lower, upper));
+        Vec total = _mm512_cvtepi32_ps(RAISED ? _mm512_add_epi32(lower, upper) : upper);
         return fma(minimum, set1(x_sum), fma(total * scale, set1(x_scale), acc));
     }
 
@@ -49,36 +48,34 @@ struct Codes {
     }
 };
 
-// Sums stay in registers while the inputs go by.
+constexpr int RAISED_ROWS = 4;  // up to so many, a shift for each row is cheaper than one for each row of codes
+
+// Sums stay in registers while the inputs go by, and what lies ahead of them is fetched.
 template <int KIND, int M>
 inline void few_rows(const uint8_t* tiles, int k, const Quantized& x, int row0, float* out) {
     Vec acc[M];
-    for (Vec& a : acc) a = set1(0);
+    unroll<M>([&](int m) ALWAYS_INLINE { acc[m] = set1(0); });
+    const size_t first = x.place(row0, 0, k);
+    const int8_t* codes = x.codes + first * BLOCK;
+    const float *scales = x.scales + first, *sums = x.sums + first;
     for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
-        const Codes<KIND, true> w(tiles);
-        size_t at = size_t(b) * x.rows + row0;
-        for (int m = 0; m < M; m++, at++) acc[m] = w.add(acc[m], x.codes + at * BLOCK, x.scales[at], x.sums[at]);
+        fetch_ahead(tiles, tile_bytes(KIND));
+        const Codes<KIND, M <= RAISED_ROWS> w(tiles);
+        unroll<M>([&](int m) ALWAYS_INLINE { acc[m] = w.add(acc[m], codes + m * BLOCK, scales[m], sums[m]); });
+        codes += ROW_GROUP * BLOCK, scales += ROW_GROUP, sums += ROW_GROUP;
     }
-    for (int m = 0; m < M; m++) store(out + m * WIDE, acc[m]);
+    unroll<M>([&](int m) ALWAYS_INLINE { store(out + m * WIDE, acc[m]); });
+}
+
+template <int KIND, int M>
+inline void last_rows(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
+    if (rows == M) few_rows<KIND, M>(tiles, k, x, row0, out);
+    else if constexpr (M > 1) last_rows<KIND, M - 1>(tiles, k, x, row0, rows, out);
 }
 
 template <int KIND>
 inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
-    switch (rows) {
-        case 1: return few_rows<KIND, 1>(tiles, k, x, row0, out);
-        case 2: return few_rows<KIND, 2>(tiles, k, x, row0, out);
-        case 3: return few_rows<KIND, 3>(tiles, k, x, row0, out);
-        case 4: return few_rows<KIND, 4>(tiles, k, x, row0, out);
-    }
-    for (int m = 0; m < rows; m++) store(out + m * WIDE, set1(0));
-    for (int b = 0; b < k / BLOCK; b++, tiles += tile_bytes(KIND)) {
-        const Codes<KIND, false> w(tiles);
-        size_t at = size_t(b) * x.rows + row0;
-        const int8_t* codes = x.codes + at * BLOCK;
-        const float *scales = x.scales + at, *sums = x.sums + at;
-        for (int m = 0; m < rows; m++, codes += BLOCK) {
-            float* acc = out + m * WIDE;
-            store(acc, w.add(load(acc), codes, scales[m], sums[m]));
-        }
-    }
+    for (; rows >= ROW_GROUP; rows -= ROW_GROUP, row0 += ROW_GROUP, out += ROW_GROUP * WIDE)
+        few_rows<KIND, ROW_GROUP>(tiles, k, x, row0, out);
+    last_rows<KIND, ROW_GROUP - 1>(tiles, k, x, row0, rows, out);
 }

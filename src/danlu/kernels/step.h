@@ -93,7 +93,10 @@ class Step {
 #ifdef __AMX_BF16__
         if (batch.prompt_from < n) fit(rounded_, size_t(input_blocks(n)) * 2 * TILE * input_blocks(widest));
 #endif
-        if (quantized_) fit(codes_, size_t(n) * widest), fit(scales_, size_t(n) * widest / BLOCK), fit(sums_, size_t(n) * widest / BLOCK);
+        if (quantized_) {
+            const size_t inputs = size_t(n + ROW_GROUP - 1) / ROW_GROUP * ROW_GROUP * widest;
+            fit(codes_, inputs), fit(scales_, inputs / BLOCK), fit(sums_, inputs / BLOCK);
+        }
         pieces_.clear();
         const int group = model_.n_heads / model_.n_kv_heads, tokens = std::max(1, ATTENTION_ROWS / group);
         for (int s = 0; s < batch.n_sequences; s++)
@@ -138,7 +141,7 @@ class Step {
         if (batch_->prompt_from < n) registers.emplace(), unpacked().forget();
 #endif
         if (model_.n_layers) {
-            pool_.share(n, 1, [&](int t) { embed(t), prepare(t, n, x_.data(), model_.layers[0].attention_norm, model_.dim, batch_->prompt_from); });
+            pool_.share(n, rows_at_once(n), [&](int t) { embed(t), prepare(t, x_.data(), model_.layers[0].attention_norm, model_.dim, batch_->prompt_from); });
             pool_.barrier();
         }
         for (int l = 0; l < model_.n_layers; l++) {
@@ -146,10 +149,10 @@ class Step {
             project_qkv(layer);
             rows(n, [&](int t) { turn_and_keep(layer, t); });
             attention(layer);
-            rows(n, [&](int t) { join(layer, t), prepare(t, n, attended_.data(), nullptr, q_dim_, batch_->prompt_from); });
+            rows(n, [&](int t) { join(layer, t), prepare(t, attended_.data(), nullptr, q_dim_, batch_->prompt_from); });
             add_to_stream(layer.o, n, attended_.data(), {l, 1, {&AdapterLayer::o}}, layer.post_attention_norm, layer.mlp_norm);
             feed_forward(layer);
-            rows(n, [&](int t) { prepare(t, n, ffn_.data(), nullptr, model_.ffn_dim, batch_->prompt_from); });
+            rows(n, [&](int t) { prepare(t, ffn_.data(), nullptr, model_.ffn_dim, batch_->prompt_from); });
             bool last = l + 1 == model_.n_layers;
             add_to_stream(layer.down, n, ffn_.data(), {l, 1, {&AdapterLayer::down}}, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
         }
@@ -167,10 +170,13 @@ class Step {
             });
         } else {
             pool_.barrier();
-            pool_.share(n, 1, item);
+            pool_.share(n, rows_at_once(n), item);
             pool_.barrier();
         }
     }
+
+    // Rows are short work: threads that take them one by one wait for each other, and write to the same cache lines.
+    int rows_at_once(int n) const { return std::clamp(n / pool_.size(), 1, TILE); }
 
     void embed(int t) {
         float* x = x_.data() + size_t(t) * model_.dim;
@@ -180,7 +186,7 @@ class Step {
     }
 
     // Row t of `from`, normalised where there is a norm, as the input of the next products.
-    void prepare(int t, int n, const float* from, const float* norm, int dim, [[maybe_unused]] int exact) {
+    void prepare(int t, const float* from, const float* norm, int dim, [[maybe_unused]] int exact) {
         const float* row = from + size_t(t) * dim;
         float* input = input_.data() + size_t(t) * dim;
         if (norm) rms_norm(row, norm, dim, model_.norm_eps, input);
@@ -188,10 +194,10 @@ class Step {
 #ifdef __AMX_BF16__
         if (t >= exact) return round_row(norm ? input : row, dim, rounded_row(t, dim));
 #endif
-        if (quantized_) quantize_row(norm ? input : row, dim, quantized_input(n), t);
+        if (quantized_) quantize_row(norm ? input : row, dim, quantized_input(), t);
     }
 
-    Quantized quantized_input(int n) { return {codes_.data(), scales_.data(), sums_.data(), n}; }
+    Quantized quantized_input() { return {codes_.data(), scales_.data(), sums_.data()}; }
 
 #ifdef __AMX_BF16__
     // A row's place in the first of its tiles.
@@ -206,21 +212,21 @@ class Step {
 #endif
 
     // Outputs 16 * tile .. of rows row0.. : (rows, 16), WIDE apart.
-    void tile_product(const Weight& w, int tile, int n, int row0, int rows, float* out) {
+    void tile_product(const Weight& w, int tile, int row0, int rows, float* out) {
         const uint8_t* data = w.data + tile * matrix_tile_bytes(w);
         const float* x = input_.data() + size_t(row0) * w.k;
         switch (w.kind) {
             case F32: by_16<STREAM>(x, w.k, rows, (const float*)data, TILE, w.k, out, WIDE, false); break;
             case BF16: by_16<STREAM>(x, w.k, rows, (const bf16*)data, TILE, w.k, out, WIDE, false); break;
             case F16: by_16<STREAM>(x, w.k, rows, (const f16*)data, TILE, w.k, out, WIDE, false); break;
-            case Q8_0: quantized_tile<Q8_0>(data, w.k, quantized_input(n), row0, rows, out); break;
-            case Q4_0: quantized_tile<Q4_0>(data, w.k, quantized_input(n), row0, rows, out); break;
-            default: quantized_tile<Q4_1>(data, w.k, quantized_input(n), row0, rows, out);
+            case Q8_0: quantized_tile<Q8_0>(data, w.k, quantized_input(), row0, rows, out); break;
+            case Q4_0: quantized_tile<Q4_0>(data, w.k, quantized_input(), row0, rows, out); break;
+            default: quantized_tile<Q4_1>(data, w.k, quantized_input(), row0, rows, out);
         }
     }
 
     // Outputs WIDE * span .. of rows row0.. : (rows, WIDE). Columns beyond the matrix are 0.
-    void product(const Weight& w, int span, int n, int row0, int rows, float* out, [[maybe_unused]] int exact) {
+    void product(const Weight& w, int span, int row0, int rows, float* out, [[maybe_unused]] int exact) {
         const int first = span * SPAN, end = std::min(first + SPAN, tiles(w));
         if (end - first < SPAN) std::fill_n(out, rows * WIDE, 0.0f);
         int few = rows;
@@ -233,7 +239,7 @@ class Step {
             few = std::max(0, exact - row0);  // those before the prompts are done again
         }
 #endif
-        for (int t = first; few && t < end; t++) tile_product(w, t, n, row0, few, out + (t - first) * TILE);
+        for (int t = first; few && t < end; t++) tile_product(w, t, row0, few, out + (t - first) * TILE);
         if (w.bias)
             for (int m = 0; m < rows; m++)
                 for (int c = 0; c < std::min(WIDE, w.n - span * WIDE); c++)
@@ -267,7 +273,15 @@ class Step {
     }
 
     static void put(const float* results, int rows, int columns, float* to, size_t ld) {
-        for (int m = 0; m < rows; m++, results += WIDE, to += ld) std::copy_n(results, columns, to);
+        for (int m = 0; m < rows; m++, results += WIDE, to += ld)
+            if (columns == WIDE) unroll<WIDE / W>([&](int v) ALWAYS_INLINE { store(to + v * W, load(results + v * W)); });
+            else std::copy_n(results, columns, to);
+    }
+
+    static void add(const float* results, int rows, int columns, float* to, size_t ld) {
+        for (int m = 0; m < rows; m++, results += WIDE, to += ld)
+            if (columns == WIDE) unroll<WIDE / W>([&](int v) ALWAYS_INLINE { store(to + v * W, load(to + v * W) + load(results + v * W)); });
+            else for (int c = 0; c < columns; c++) to[c] += results[c];
     }
 
     void project_qkv(const Layer& layer) {
@@ -280,7 +294,7 @@ class Step {
             int own = is_q ? span : is_k ? span - nq : span - nq - nk;
             int column = (is_q ? 0 : is_k ? q_dim_ : q_dim_ + kv_dim_) + own * WIDE;
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(w, own, n, row0, rows, out, batch_->prompt_from);
+            product(w, own, row0, rows, out, batch_->prompt_from);
             add_updates(updates_, is_q ? 0 : is_k ? 1 : 2, adapted, w, own, row0, rows, out);
             put(out, rows, std::min(WIDE, w.n - own * WIDE), qkv_.data() + size_t(row0) * width + column, width);
         });
@@ -416,8 +430,8 @@ class Step {
         begin_updates(updates_, adapted, input_.data());
         share_spans(spans(layer.gate), n, [&](int span, int row0, int rows) {
             alignas(64) float gate[ROW_BLOCK * WIDE], up[ROW_BLOCK * WIDE];
-            product(layer.gate, span, n, row0, rows, gate, batch_->prompt_from);
-            product(layer.up, span, n, row0, rows, up, batch_->prompt_from);
+            product(layer.gate, span, row0, rows, gate, batch_->prompt_from);
+            product(layer.up, span, row0, rows, up, batch_->prompt_from);
             add_updates(updates_, 0, adapted, layer.gate, span, row0, rows, gate);
             add_updates(updates_, 1, adapted, layer.up, span, row0, rows, up);
             for (int i = 0; i < rows * WIDE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
@@ -431,14 +445,11 @@ class Step {
         begin_updates(updates_, adapted, input);
         share_spans(spans(w), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(w, span, n, row0, rows, out, batch_->prompt_from);
+            product(w, span, row0, rows, out, batch_->prompt_from);
             add_updates(updates_, 0, adapted, w, span, row0, rows, out);
             int columns = std::min(WIDE, dim - span * WIDE);
             float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + span * WIDE;
-            if (post_norm) put(out, rows, columns, to, dim);
-            else
-                for (int m = 0; m < rows; m++, to += dim)
-                    for (int c = 0; c < columns; c++) to[c] += out[m * WIDE + c];
+            (post_norm ? put : add)(out, rows, columns, to, dim);
         });
         rows(n, [&](int t) {
             float* x = x_.data() + size_t(t) * dim;
@@ -447,7 +458,7 @@ class Step {
                 rms_norm(y, post_norm, dim, model_.norm_eps, y);
                 for (int i = 0; i < dim; i++) x[i] += y[i];
             }
-            prepare(t, n, x_.data(), next_norm, dim, batch_->prompt_from);
+            prepare(t, x_.data(), next_norm, dim, batch_->prompt_from);
         });
     }
 
@@ -459,7 +470,7 @@ class Step {
         if (batch_->hidden) std::copy_n(hidden, dim, batch_->hidden + size_t(r) * dim);
         if (model_.head_scale != 1)
             for (int i = 0; i < dim; i++) hidden[i] *= model_.head_scale;
-        if (batch_->logits) prepare(r, batch_->n_rows, branch_.data(), nullptr, dim, exact_rows_);
+        if (batch_->logits) prepare(r, branch_.data(), nullptr, dim, exact_rows_);
     }
 
     void head() {
@@ -468,7 +479,7 @@ class Step {
         begin_updates(head_updates_, adapted, branch_.data());
         share_spans(spans(model_.head), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(model_.head, span, n, row0, rows, out, exact_rows_);
+            product(model_.head, span, row0, rows, out, exact_rows_);
             add_updates(head_updates_, 0, adapted, model_.head, span, row0, rows, out);
             if (model_.logit_softcap > 0)
                 for (int i = 0; i < rows * WIDE; i += W)
