@@ -281,6 +281,8 @@ def _rows(logits_rv: Tensor) -> Row:
 
 def _choice(row: Row, sampler: SequenceSampler) -> int | Candidates:
     """The token, where it is certain, or those to draw it from."""
+    if _plainly_greedy(sampler) and abs(row[best := int(row.argmax())]) < LARGEST:
+        return best
     row = _ruled(row, sampler)
     if sampler.greedy:
         return int(row.argmax())
