@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from paged_sequences import SHAPE, VOCAB, Sequences, random_model
@@ -24,6 +26,7 @@ from danlu.kernels import native
 from danlu.models.causal_lm import CausalLM
 from danlu.nn.config import ModelConfig, Rope, RopeScaling
 from packed_weights import packed
+from random_adapters import random_adapter
 
 pytestmark = pytest.mark.skipif(native.choose()[0] is None, reason=f"no native kernels: {native.choose()[1]}")
 
@@ -69,6 +72,7 @@ def test_steps_of_any_mixture_give_the_logits_of_the_model(family: str) -> None:
         {"attention_scale_by_layer": True},
         {"n_kv_heads": 6, "head_dim": 32},
         {"n_kv_heads": 1, "head_dim": 48},
+        {"n_kv_heads": 3, "head_dim": 80},
     ],
     ids=str,
 )
@@ -140,6 +144,21 @@ def test_a_token_is_computed_alike_whatever_else_runs(family: str, kind: str) ->
     found += together.advance([(0, 330)])
     for logits in found[1:]:
         assert torch.equal(found[0], logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma 2", "olmo 2"])
+@pytest.mark.parametrize("wanted", [[], [4], [24, 44, 45], [0, 1, 2, 19, 30, 40]], ids=str)
+def test_what_is_not_wanted_is_left_out_and_changes_nothing(family: str, wanted: list[int], tmp_path: Path) -> None:
+    """To the bit: the last layer goes on with the wanted rows alone, each with its adapter."""
+    model = decoder(options(family))
+    sequences = NativeSequences(model, [25, 20, 20], kv_dtype="fp32")
+    for name, seed in (("a", 0), ("b", 1)):
+        sequences.runner.load_adapter(name, random_adapter(model, tmp_path / name, 4, seed=seed))
+    batch = replace(sequences.batch([(0, 25), (1, 1), (2, 20)]), adapters=("a", None, "b"))
+    every = sequences.runner.run(batch)
+    few = replace(batch, logits_at=np.array(wanted, np.int32))
+    assert torch.equal(sequences.runner.run(few), every[wanted])
+    assert torch.equal(sequences.runner.hidden(few), sequences.runner.hidden(batch)[wanted])
 
 
 def test_hidden_states_and_copies() -> None:

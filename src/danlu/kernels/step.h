@@ -115,6 +115,11 @@ class Step {
             std::fill(sequence_of_.begin() + batch.starts[s], sequence_of_.begin() + batch.starts[s + 1], s);
         const auto adapter_of = [&](int t) { return batch.adapters ? batch.adapters[sequence_of_[t]] : nullptr; };
         updates_.plan(n, adapter_of);
+        wanted_.clear();
+        if (batch.n_rows < n) {
+            for (int r = 0; r < batch.n_rows; r++) wanted_.push_back({sequence_of_[batch.rows[r]], batch.rows[r], batch.rows[r] + 1});
+            wanted_updates_.plan(batch.n_rows, [&](int r) { return adapter_of(batch.rows[r]); });
+        }
         head_updates_.plan(batch.n_rows, [&](int r) {
             const Adapter* adapter = adapter_of(batch.rows[r]);
             return adapter && adapter->head.a.data ? adapter : nullptr;
@@ -125,6 +130,12 @@ class Step {
   private:
     struct Piece {
         int sequence, begin, end;  // tokens of one sequence
+    };
+
+    // What a part of a layer works on: all tokens, or those whose results are wanted, close together.
+    struct Rows {
+        int n, exact;  // from `exact` on they are of prompts
+        LowRankUpdates& updates;
     };
 
     template <class T>
@@ -144,17 +155,20 @@ class Step {
             pool_.share(n, rows_at_once(n), [&](int t) { embed(t), prepare(t, x_.data(), model_.layers[0].attention_norm, model_.dim, batch_->prompt_from); });
             pool_.barrier();
         }
+        const Rows all{n, batch_->prompt_from, updates_}, wanted{batch_->n_rows, exact_rows_, wanted_updates_};
         for (int l = 0; l < model_.n_layers; l++) {
             const Layer& layer = model_.layers[l];
+            const bool last = l + 1 == model_.n_layers, fewer = last && wanted.n < n;
             project_qkv(layer);
             rows(n, [&](int t) { turn_and_keep(layer, t); });
-            attention(layer);
-            rows(n, [&](int t) { join(layer, t), prepare(t, attended_.data(), nullptr, q_dim_, batch_->prompt_from); });
-            add_to_stream(layer.o, n, attended_.data(), {l, 1, {&AdapterLayer::o}}, layer.post_attention_norm, layer.mlp_norm);
-            feed_forward(layer);
-            rows(n, [&](int t) { prepare(t, ffn_.data(), nullptr, model_.ffn_dim, batch_->prompt_from); });
-            bool last = l + 1 == model_.n_layers;
-            add_to_stream(layer.down, n, ffn_.data(), {l, 1, {&AdapterLayer::down}}, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
+            attention(layer, fewer ? wanted_ : pieces_);
+            if (fewer) only_wanted(layer);  // of the others, keys and values are all that is ever asked for
+            else rows(n, [&](int t) { join(layer, t), prepare(t, attended_.data(), nullptr, q_dim_, all.exact); });
+            const Rows& now = fewer ? wanted : all;
+            add_to_stream(layer.o, now, attended_.data(), {l, 1, {&AdapterLayer::o}}, layer.post_attention_norm, layer.mlp_norm);
+            feed_forward(layer, now);
+            rows(now.n, [&](int t) { prepare(t, ffn_.data(), nullptr, model_.ffn_dim, now.exact); });
+            add_to_stream(layer.down, now, ffn_.data(), {l, 1, {&AdapterLayer::down}}, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
         }
         rows(batch_->n_rows, [&](int r) { finish(r); });
         if (batch_->logits) head();
@@ -352,13 +366,13 @@ class Step {
     }
 
     // Where there are few pieces of work the keys are split too, and join() adds the parts up.
-    void attention(const Layer& layer) {
+    void attention(const Layer& layer, const std::vector<Piece>& pieces) {
         const int group = model_.n_heads / model_.n_kv_heads, dim = model_.head_dim, width = q_dim_ + 2 * kv_dim_;
         const Cache& cache = batch_->caches[layer.group];
-        pool_.share(int(pieces_.size()) * model_.n_kv_heads * splits_, 1, [&](int i) {
+        pool_.share(int(pieces.size()) * model_.n_kv_heads * splits_, 1, [&](int i) {
             static thread_local AttentionScratch scratch;
             const int split = i % splits_, kv_head = i / splits_ % model_.n_kv_heads;
-            const Piece& piece = pieces_[i / splits_ / model_.n_kv_heads];
+            const Piece& piece = pieces[i / splits_ / model_.n_kv_heads];
             const int n_rows = (piece.end - piece.begin) * group;
             int positions[ATTENTION_ROWS + 256];
             scratch.fit(n_rows, dim);
@@ -424,29 +438,43 @@ class Step {
         for (int d = 0; d < dim; d += W) store(to + d, load(sums + d) * set1(1 / total));
     }
 
-    void feed_forward(const Layer& layer) {
-        const int n = batch_->n_tokens, width = model_.ffn_dim;
+    // Moves the wanted rows of the stream and of what they attended to to the front; in buffers of which nothing is needed
+    // any more, since a row may lie where another one goes.
+    void only_wanted(const Layer& layer) {
+        const int dim = model_.dim;
+        rows(batch_->n_rows, [&](int r) {
+            const int t = batch_->rows[r];
+            join(layer, t);
+            std::copy_n(x_.data() + size_t(t) * dim, dim, branch_.data() + size_t(r) * dim);
+            std::copy_n(attended_.data() + size_t(t) * q_dim_, q_dim_, qkv_.data() + size_t(r) * q_dim_);
+            prepare(r, qkv_.data(), nullptr, q_dim_, exact_rows_);
+        });
+        pool_.barrier([&] { x_.swap(branch_), attended_.swap(qkv_); });
+    }
+
+    void feed_forward(const Layer& layer, const Rows& of) {
+        const int n = of.n, width = model_.ffn_dim;
         const AdaptedMatrices adapted{number(layer), 2, {&AdapterLayer::gate, &AdapterLayer::up}};
-        begin_updates(updates_, adapted, input_.data());
+        begin_updates(of.updates, adapted, input_.data());
         share_spans(spans(layer.gate), n, [&](int span, int row0, int rows) {
             alignas(64) float gate[ROW_BLOCK * WIDE], up[ROW_BLOCK * WIDE];
-            product(layer.gate, span, row0, rows, gate, batch_->prompt_from);
-            product(layer.up, span, row0, rows, up, batch_->prompt_from);
-            add_updates(updates_, 0, adapted, layer.gate, span, row0, rows, gate);
-            add_updates(updates_, 1, adapted, layer.up, span, row0, rows, up);
+            product(layer.gate, span, row0, rows, gate, of.exact);
+            product(layer.up, span, row0, rows, up, of.exact);
+            add_updates(of.updates, 0, adapted, layer.gate, span, row0, rows, gate);
+            add_updates(of.updates, 1, adapted, layer.up, span, row0, rows, up);
             for (int i = 0; i < rows * WIDE; i += W) store(gate + i, activate(load(gate + i), model_.activation) * load(up + i));
             put(gate, rows, std::min(WIDE, width - span * WIDE), ffn_.data() + size_t(row0) * width + span * WIDE, width);
         });
     }
 
     // x += w input, with the branch's own norm where there is one; then the input of the next branch.
-    void add_to_stream(const Weight& w, int n, const float* input, const AdaptedMatrices& adapted, const float* post_norm, const float* next_norm) {
-        const int dim = model_.dim;
-        begin_updates(updates_, adapted, input);
+    void add_to_stream(const Weight& w, const Rows& of, const float* input, const AdaptedMatrices& adapted, const float* post_norm, const float* next_norm) {
+        const int n = of.n, dim = model_.dim;
+        begin_updates(of.updates, adapted, input);
         share_spans(spans(w), n, [&](int span, int row0, int rows) {
             alignas(64) float out[ROW_BLOCK * WIDE];
-            product(w, span, row0, rows, out, batch_->prompt_from);
-            add_updates(updates_, 0, adapted, w, span, row0, rows, out);
+            product(w, span, row0, rows, out, of.exact);
+            add_updates(of.updates, 0, adapted, w, span, row0, rows, out);
             int columns = std::min(WIDE, dim - span * WIDE);
             float* to = (post_norm ? branch_ : x_).data() + size_t(row0) * dim + span * WIDE;
             (post_norm ? put : add)(out, rows, columns, to, dim);
@@ -458,7 +486,7 @@ class Step {
                 rms_norm(y, post_norm, dim, model_.norm_eps, y);
                 for (int i = 0; i < dim; i++) x[i] += y[i];
             }
-            prepare(t, x_.data(), next_norm, dim, batch_->prompt_from);
+            prepare(t, x_.data(), next_norm, dim, of.exact);
         });
     }
 
@@ -466,7 +494,8 @@ class Step {
     void finish(int r) {
         const int dim = model_.dim;
         float* hidden = branch_.data() + size_t(r) * dim;
-        rms_norm(x_.data() + size_t(batch_->rows[r]) * dim, model_.norm, dim, model_.norm_eps, hidden);
+        const int at = wanted_.empty() ? batch_->rows[r] : r;
+        rms_norm(x_.data() + size_t(at) * dim, model_.norm, dim, model_.norm_eps, hidden);
         if (batch_->hidden) std::copy_n(hidden, dim, batch_->hidden + size_t(r) * dim);
         if (model_.head_scale != 1)
             for (int i = 0; i < dim; i++) hidden[i] *= model_.head_scale;
@@ -499,7 +528,7 @@ class Step {
 #ifdef __AMX_BF16__
     std::vector<TileRow> rounded_;
 #endif
-    std::vector<Piece> pieces_;
+    std::vector<Piece> pieces_, wanted_;  // of all tokens; of those whose results are wanted, where these are fewer
     std::vector<int> sequence_of_;
-    LowRankUpdates updates_, head_updates_;  // of the tokens; of the rows whose logits are wanted
+    LowRankUpdates updates_, wanted_updates_, head_updates_;  // of the tokens; of those whose results are wanted, and their logits
 };
