@@ -73,6 +73,7 @@ inline void last_rows(const uint8_t* tiles, int k, const Quantized& x, int row0,
     else if constexpr (M > 1) last_rows<KIND, M - 1>(tiles, k, x, row0, rows, out);
 }
 
+// row0: a multiple of ROW_GROUP.
 template <int KIND>
 inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
     for (; rows >= ROW_GROUP; rows -= ROW_GROUP, row0 += ROW_GROUP, out += ROW_GROUP * WIDE)

@@ -13,7 +13,7 @@
 #include "amx.h"
 #endif
 
-constexpr int ROW_BLOCK = 128;       // rows that share a weight tile while it is in the first cache
+constexpr int ROW_BLOCK = 64;       // rows that share a weight tile while it is in the first cache
 constexpr int ATTENTION_ROWS = 48;   // query rows that share a block of keys
 constexpr int MOST_HEAD_DIM = 1024;
 constexpr int FEW_ROWS = 4;          // below, work on rows is done by one thread at the barrier itself
@@ -263,12 +263,20 @@ class Step {
     static int tiles(const Weight& w) { return (w.n + TILE - 1) / TILE; }
     static int spans(const Weight& w) { return (w.n + WIDE - 1) / WIDE; }
 
-    // Shares the spans of one or more matrices; `item(span, row0, rows)`.
+    // Shares the spans of one or more matrices; `item(span, row0, rows)`. Block of rows by block of rows, whose results
+    // then stay near the thread that goes on with them; with AMX span by span, since weights are unpacked for it.
     template <class Item>
     void share_spans(int n_spans, int n, const Item& item) {
-        int chunk = n >= ROW_BLOCK ? 1 : std::max(1, n_spans / (pool_.size() * 8));
-        pool_.share(n_spans, chunk, [&](int span) {
-            for (int row0 = 0; row0 < n; row0 += ROW_BLOCK) item(span, row0, std::min(ROW_BLOCK, n - row0));
+        const int n_blocks = (n + ROW_BLOCK - 1) / ROW_BLOCK;
+        const int size = n_blocks ? ((n + n_blocks - 1) / n_blocks + TILE - 1) / TILE * TILE : 0;
+        const int chunk = n_blocks > 1 ? 1 : std::max(1, n_spans / (pool_.size() * 8));
+        pool_.share(n_spans * n_blocks, chunk, [&](int i) {
+#ifdef __AMX_BF16__
+            const int span = i / n_blocks, row0 = i % n_blocks * size;
+#else
+            const int span = i % n_spans, row0 = i / n_spans * size;
+#endif
+            if (row0 < n) item(span, row0, std::min(size, n - row0));
         });
     }
 
