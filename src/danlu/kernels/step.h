@@ -13,7 +13,7 @@
 #include "amx.h"
 #endif
 
-constexpr int ROW_BLOCK = 64;       // rows that share a weight tile while it is in the first cache
+constexpr int ROW_BLOCK = 64;        // rows that share a weight tile while it is in the first cache
 constexpr int ATTENTION_ROWS = 48;   // query rows that share a block of keys
 constexpr int MOST_HEAD_DIM = 1024;
 constexpr int FEW_ROWS = 4;          // below, work on rows is done by one thread at the barrier itself
