@@ -111,9 +111,9 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
     // Blocks before all windows may be gone.
     const int first = heads.window ? std::max(0, (positions[0] - heads.window + 1 - start) / TILE) : 0;
     const int32_t* table = heads.table + start / TILE;
-    for (int b = first; b < std::min(first + AHEAD, n_blocks); b++) fetch(heads.keys + table[b] * heads.stride, block_bytes);
     const auto keys = [&](int b) { return heads.keys + table[b] * heads.stride; };
     const auto values = [&](int b) { return heads.values + table[b] * heads.stride; };
+    for (int b = first; b < std::min(first + AHEAD, n_blocks); b++) fetch(keys(b), block_bytes);
     for (int b = first, taken; b < n_blocks; b += taken) {
         taken = rows <= FEW_QUERIES && b + 4 <= n_blocks ? 4 : 1;
         for (int i = b; i < b + taken; i++) {

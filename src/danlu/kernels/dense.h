@@ -30,20 +30,19 @@ inline void rows_by_16(const float* a, size_t lda, const T* b, size_t ldb, int l
     unroll<M * NV>([&](int i) ALWAYS_INLINE { store(out + i / NV * ldo + i % NV * W, acc[i]); });
 }
 
-// The first of `rows`, as many as fit, M at most.
-template <int AHEAD, int M, class T>
+// The first of `rows`, as many as fit.
+template <int AHEAD, class T>
 inline void first_rows(const float* a, size_t lda, int rows, const T* b, size_t ldb, int len, float* out, size_t ldo,
                        bool add) {
-    if (rows >= M) rows_by_16<AHEAD, M>(a, lda, b, ldb, len, out, ldo, add);
-    else if constexpr (M > 1) first_rows<AHEAD, M - 1>(a, lda, rows, b, ldb, len, out, ldo, add);
+    as_constant<ROWS>(rows < ROWS ? rows : ROWS, [&](auto m) { rows_by_16<AHEAD, m>(a, lda, b, ldb, len, out, ldo, add); });
 }
 
 template <int AHEAD = 0, class T>
 inline void by_16(const float* a, size_t lda, int rows, const T* b, size_t ldb, int len, float* out, size_t ldo,
                   bool add) {
-    first_rows<AHEAD, ROWS>(a, lda, rows, b, ldb, len, out, ldo, add);
+    first_rows<AHEAD>(a, lda, rows, b, ldb, len, out, ldo, add);
     for (int m = ROWS; m < rows; m += ROWS)
-        first_rows<0, ROWS>(a + m * lda, lda, rows - m, b, ldb, len, out + m * ldo, ldo, add);
+        first_rows<0>(a + m * lda, lda, rows - m, b, ldb, len, out + m * ldo, ldo, add);
 }
 
 #ifdef __AVX512F__
@@ -69,10 +68,7 @@ inline void rows_by_64(const float* a, size_t lda, const T* const (&b)[4], size_
     unroll<4 * M>([&](int i) ALWAYS_INLINE { store(out + i / 4 * ldo + i % 4 * W, acc[i]); });
 }
 
-template <int M = FEW_QUERIES, class T>
+template <class T>
 inline void by_64(const float* a, size_t lda, int rows, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
-    if constexpr (M > 0) {
-        if (rows == M) rows_by_64<M>(a, lda, b, ldb, len, out, ldo, add);
-        else by_64<M - 1>(a, lda, rows, b, ldb, len, out, ldo, add);
-    }
+    as_constant<FEW_QUERIES>(rows, [&](auto m) { rows_by_64<m>(a, lda, b, ldb, len, out, ldo, add); });
 }

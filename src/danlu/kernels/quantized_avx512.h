@@ -67,16 +67,10 @@ inline void few_rows(const uint8_t* tiles, int k, const Quantized& x, int row0, 
     unroll<M>([&](int m) ALWAYS_INLINE { store(out + m * WIDE, acc[m]); });
 }
 
-template <int KIND, int M>
-inline void last_rows(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
-    if (rows == M) few_rows<KIND, M>(tiles, k, x, row0, out);
-    else if constexpr (M > 1) last_rows<KIND, M - 1>(tiles, k, x, row0, rows, out);
-}
-
 // row0: a multiple of ROW_GROUP.
 template <int KIND>
 inline void quantized_tile(const uint8_t* tiles, int k, const Quantized& x, int row0, int rows, float* out) {
     for (; rows >= ROW_GROUP; rows -= ROW_GROUP, row0 += ROW_GROUP, out += ROW_GROUP * WIDE)
         few_rows<KIND, ROW_GROUP>(tiles, k, x, row0, out);
-    last_rows<KIND, ROW_GROUP - 1>(tiles, k, x, row0, rows, out);
+    as_constant<ROW_GROUP - 1>(rows, [&](auto m) { few_rows<KIND, m>(tiles, k, x, row0, out); });
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -98,6 +99,15 @@ ALWAYS_INLINE inline void unroll(const F& f) {
     if constexpr (N > 0) {
         unroll<N - 1>(f);
         f(N - 1);
+    }
+}
+
+// f(n) with n as a constant, for 1 <= n <= MOST: code of its own for each number of rows.
+template <int MOST, class F>
+inline void as_constant(int n, const F& f) {
+    if constexpr (MOST > 0) {
+        if (n == MOST) f(std::integral_constant<int, MOST>());
+        else as_constant<MOST - 1>(n, f);
     }
 }
 

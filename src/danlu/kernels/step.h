@@ -155,22 +155,23 @@ class Step {
             pool_.share(n, rows_at_once(n), [&](int t) { embed(t), prepare(t, x_.data(), model_.layers[0].attention_norm, model_.dim, batch_->prompt_from); });
             pool_.barrier();
         }
+        const bool fewer = batch_->n_rows < n;  // results are wanted than there are tokens
         const Rows all{n, batch_->prompt_from, updates_}, wanted{batch_->n_rows, exact_rows_, wanted_updates_};
         for (int l = 0; l < model_.n_layers; l++) {
             const Layer& layer = model_.layers[l];
-            const bool last = l + 1 == model_.n_layers, fewer = last && wanted.n < n;
+            const bool last = l + 1 == model_.n_layers, leaves = last && fewer;
             project_qkv(layer);
             rows(n, [&](int t) { turn_and_keep(layer, t); });
-            attention(layer, fewer ? wanted_ : pieces_);
-            if (fewer) only_wanted(layer);  // of the others, keys and values are all that is ever asked for
+            attention(layer, leaves ? wanted_ : pieces_);
+            if (leaves) only_wanted(layer);  // of the others, keys and values are all that is ever asked for
             else rows(n, [&](int t) { join(layer, t), prepare(t, attended_.data(), nullptr, q_dim_, all.exact); });
-            const Rows& now = fewer ? wanted : all;
+            const Rows& now = leaves ? wanted : all;
             add_to_stream(layer.o, now, attended_.data(), {l, 1, {&AdapterLayer::o}}, layer.post_attention_norm, layer.mlp_norm);
             feed_forward(layer, now);
             rows(now.n, [&](int t) { prepare(t, ffn_.data(), nullptr, model_.ffn_dim, now.exact); });
             add_to_stream(layer.down, now, ffn_.data(), {l, 1, {&AdapterLayer::down}}, layer.post_mlp_norm, last ? nullptr : model_.layers[l + 1].attention_norm);
         }
-        rows(batch_->n_rows, [&](int r) { finish(r); });
+        rows(batch_->n_rows, [&](int r) { finish(r, fewer ? r : batch_->rows[r]); });
         if (batch_->logits) head();
         pool_.barrier();
     }
@@ -268,15 +269,14 @@ class Step {
     template <class Item>
     void share_spans(int n_spans, int n, const Item& item) {
         const int n_blocks = (n + ROW_BLOCK - 1) / ROW_BLOCK;
-        const int size = n_blocks ? ((n + n_blocks - 1) / n_blocks + TILE - 1) / TILE * TILE : 0;
         const int chunk = n_blocks > 1 ? 1 : std::max(1, n_spans / (pool_.size() * 8));
         pool_.share(n_spans * n_blocks, chunk, [&](int i) {
 #ifdef __AMX_BF16__
-            const int span = i / n_blocks, row0 = i % n_blocks * size;
+            const int span = i / n_blocks, row0 = i % n_blocks * ROW_BLOCK;
 #else
-            const int span = i % n_spans, row0 = i / n_spans * size;
+            const int span = i % n_spans, row0 = i / n_spans * ROW_BLOCK;
 #endif
-            if (row0 < n) item(span, row0, std::min(size, n - row0));
+            item(span, row0, std::min(ROW_BLOCK, n - row0));
         });
     }
 
@@ -498,12 +498,11 @@ class Step {
         });
     }
 
-    // The final norm of a wanted row; branch_ is free to hold them, close together.
-    void finish(int r) {
+    // The final norm of a wanted row, which lies at this place of the stream; branch_ is free to hold them, close together.
+    void finish(int r, int place) {
         const int dim = model_.dim;
         float* hidden = branch_.data() + size_t(r) * dim;
-        const int at = wanted_.empty() ? batch_->rows[r] : r;
-        rms_norm(x_.data() + size_t(at) * dim, model_.norm, dim, model_.norm_eps, hidden);
+        rms_norm(x_.data() + size_t(place) * dim, model_.norm, dim, model_.norm_eps, hidden);
         if (batch_->hidden) std::copy_n(hidden, dim, batch_->hidden + size_t(r) * dim);
         if (model_.head_scale != 1)
             for (int i = 0; i < dim; i++) hidden[i] *= model_.head_scale;
