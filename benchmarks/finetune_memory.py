@@ -2,7 +2,8 @@
 
 SmolLM2-135M (the 4-bit file of `danlu pull smollm2`, dequantised to bf16 once) learns instructions mined from the
 standard library: all weights (fp32 master weights, gradients and moments of AdamW, bf16 activations and products), a
-LoRA adapter on bf16 weights, and the same adapter on NF4 weights. Each is a process of its own with the same rows,
+LoRA adapter on bf16 weights, the same adapter on weights in 4 bits, which are in the file's own blocks again, and on
+weights in NF4, as those of a model would be that was never in 4 bits. Each is a process of its own with the same rows,
 rates for its kind, AdamW and recomputed activations. Reported: the peak of the resident memory, the part of it that
 importing alone takes, and the loss on held-out rows after the last step, in bits per byte. One JSON line ends the
 output. Not a timing: other programs may run.
@@ -22,7 +23,8 @@ from typing import Any
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"adapter": "lora"},
-    "qlora": {"adapter": "lora", "quantize": "nf4"},
+    "qlora": {"adapter": "qlora"},
+    "nf4": {"adapter": "qlora"},
 }
 
 
@@ -31,9 +33,12 @@ def run(model: Path, data: Path, kind: str, options: dict[str, Any]) -> dict[str
     import torch
 
     from danlu import hardware
+    from danlu.quantization import four_bits
     from danlu.training.config import FinetuneConfig
     from danlu.training.finetune import finetune
 
+    if kind == "nf4":
+        four_bits.FILE_TYPES = ()  # the file's blocks are not looked for
     cpu = torch.device("cpu")
     (torch.randn(64, 64) @ torch.randn(64, 64)).sum()
     imports = hardware.peak_memory_bytes(cpu)

@@ -32,10 +32,12 @@ from danlu.engine.verbs import generate
 from danlu.engine.verbs_config import GenerateConfig
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
+from danlu.formats.gguf_blocks import dequantize, quantize
 from danlu.formats.safetensors_header import read_header
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model, save_model
 from danlu.nn.config import ModelConfig, Rope
+from danlu.nn.linear import Linear
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.tokenizer.train import train_on
 from danlu.training import checkpoint
@@ -116,7 +118,7 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
     assert (quantized > 1e-3) == (options.get("adapter") == "qlora")
 
 
-@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"quantize": "nf4", "adapter": "dora"}])
+@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"quantize": "4bit", "adapter": "dora"}])
 def test_resume_is_exact_and_checkpoints_hold_the_adapter_alone(config: Any, options: dict[str, Any]) -> None:
     straight, broken = config("straight", **options), config("broken", checkpoint_every=5, **options)
     finetune(straight)
@@ -179,7 +181,7 @@ def test_merging_writes_the_model_that_was_trained(config: Any, base: Path, tmp_
 
 
 def test_four_bit_merges_tell_what_the_perplexity_does(config: Any, base: Path, tmp_path: Path) -> None:
-    tuned = finetune(config("tuned", quantize="nf4", adapter_start="zero"))
+    tuned = finetune(config("tuned", quantize="4bit", adapter_start="zero"))
     options = {"base": base, "adapter": tuned, "data": config("x").data, "text_tokens": 200}
     merged = merge_adapter(MergeConfig(**options, out=tmp_path / "merged"))
     metrics = Card.load(merged).metrics
@@ -191,7 +193,7 @@ def test_four_bit_merges_tell_what_the_perplexity_does(config: Any, base: Path, 
 
 
 def test_an_adapter_may_begin_with_what_four_bits_lost(config: Any, base: Path, tmp_path: Path) -> None:
-    options = {"quantize": "nf4", "rank": 16, "steps": 1, "matrix_lr": 1e-9}
+    options = {"quantize": "4bit", "rank": 16, "steps": 1, "matrix_lr": 1e-9}
     zero, auto = (finetune(config(start, adapter_start=start, **options)) for start in ("zero", "auto"))
     whole = logits(load_model(base), IDS)
     errors = [(logits(open_adapted(folder)[0], IDS) - whole).square().mean().item() for folder in (zero, auto)]
@@ -205,6 +207,24 @@ def test_an_adapter_may_begin_with_what_four_bits_lost(config: Any, base: Path, 
         engine.load_adapter("zero", zero)
         with pytest.raises(DanluError, match="danlu merge"):
             engine.load_adapter("auto", auto)
+
+
+def test_on_a_base_from_a_four_bit_file_nothing_is_lost(config: Any, base: Path, tmp_path: Path) -> None:
+    """Training starts from the very weights of the base, and the adapter belongs to them."""
+    model = load_model(base)
+    with torch.no_grad():
+        for module in model.layers.modules():
+            if type(module) is Linear:
+                data = quantize(module.weight, "Q4_1")
+                module.weight.copy_(dequantize(data, "Q4_1", tuple(module.weight.shape)))
+    save_model(model, tmp_path / "unpacked", Tokenizer.load(base))
+    options = {"model": tmp_path / "unpacked", "steps": 5}
+    packed, whole = (finetune(config(name, adapter=name, **options)) for name in ("qlora", "lora"))
+    details = Card.load(packed).details["adapter"]
+    assert (details["quantize"], details["start"]) == ("none", "zero")
+    losses = [[line["loss"] for line in read_metrics(out / "metrics.jsonl")] for out in (packed, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (logits(open_adapted(packed)[0], IDS) - logits(open_adapted(whole)[0], IDS)).abs().max() < 1e-3
 
 
 def test_the_engine_opens_an_adapter_folder(config: Any, base: Path, tmp_path: Path) -> None:
@@ -237,7 +257,7 @@ def test_a_classifier_with_an_adapter(config: Any, tmp_path: Path) -> None:
 
 
 def test_options_that_cannot_be_are_told_together() -> None:
-    values = {"model": "m", "data": "d", "out": "o", "rank": 4, "targets": ["q_proj"], "quantize": "nf4"}
+    values = {"model": "m", "data": "d", "out": "o", "rank": 4, "targets": ["q_proj"], "quantize": "4bit"}
     with pytest.raises(Problems) as caught:
         load(FinetuneConfig, values=values)
     assert [text.split(" ")[0] for text in caught.value.problems] == ["rank", "targets", "quantize"]

@@ -20,7 +20,7 @@ from danlu.models.causal_lm import CausalLM
 from danlu.models.heads import RewardModel
 from danlu.models.load import load_model, save_model
 from danlu.objectives.causal_lm import next_token_nll_sum
-from danlu.quantization.nf4_linear import NF4Linear, dequantize_linears, quantize_linears
+from danlu.quantization.packed_linear import PackedLinear, dequantize_linears, quantize_linears
 
 IDS = random_ids(2, 12)
 
@@ -137,7 +137,7 @@ def test_a_tied_head_with_an_adapter_is_untied_when_it_is_merged(folder: Callabl
 def test_four_bits_are_dequantized_to_be_merged(folder: Callable[[str], Path]) -> None:
     model = load_model(folder("llama"))
     quantize_linears(model)
-    packed = sum(isinstance(module, NF4Linear) for module in model.modules())
+    packed = sum(isinstance(module, PackedLinear) for module in model.modules())
     attach(model, AdapterShape("dora", rank=3, targets=("q_proj", "down_proj")))
     randomize(model)
     beside = logits(model)
@@ -145,13 +145,13 @@ def test_four_bits_are_dequantized_to_be_merged(folder: Callable[[str], Path]) -
     merge(model)
     assert_close(logits(model), beside, 1e-5)
     unmerge(model)
-    assert sum(isinstance(module, NF4Linear) for module in model.modules()) == packed
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == packed
     assert torch.equal(logits(model), beside)
     merge(model)
     unwrap(model)
     dequantize_linears(model)
     assert_close(logits(model), beside, 1e-5)
-    assert not any(isinstance(module, NF4Linear) for module in model.modules())
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def logits_of_weights(folder: Path, weights: dict[str, Tensor]) -> Tensor:
@@ -343,7 +343,7 @@ def test_no_model_folder_is_written_of_what_has_adapters_or_is_quantized(
 ) -> None:
     model = load_model(folder("llama"))
     quantize_linears(model)
-    with pytest.raises(DanluError, match=r"layers\.0\.attention\.q_proj: is a NF4Linear.*dequantize"):
+    with pytest.raises(DanluError, match=r"layers\.0\.attention\.q_proj: is a PackedLinear.*dequantize"):
         save_model(model, tmp_path / "out")
     dequantize_linears(model)
     attach(model, AdapterShape(rank=2))

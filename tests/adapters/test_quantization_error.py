@@ -1,4 +1,4 @@
-"""An adapter that begins with what NF4 has lost: the best of its rank for the outputs, in every family's layout."""
+"""An adapter that begins with what 4 bits have lost: the best of its rank for the outputs, in every family's layout."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from danlu.adapters.config import AdapterShape, Kind
 from danlu.adapters.lora import LoRALinear, attach
-from danlu.adapters.quantization_error import LENGTH, ROWS, begin_with, lost_in_nf4
+from danlu.adapters.quantization_error import LENGTH, ROWS, begin_with, lost_in_4_bits
 from danlu.adapters.sites import choose, n_weights
 from danlu.models.heads import SequenceClassifier
 from danlu.models.load import load_model
 from danlu.models.transformer import Transformer
 from danlu.quantization.nf4 import dequantize_nf4, quantize_nf4
-from danlu.quantization.nf4_linear import quantize_linears
+from danlu.quantization.packed_linear import quantize_linears
 from random_lm import random_lm
 
 
 def with_start(model: Transformer, rank: int, kind: Kind = "lora", targets: tuple[str, ...] = ()) -> Transformer:
-    """The model in NF4, with such an adapter."""
+    """The model in 4 bits, with such an adapter."""
     shape = AdapterShape(kind, rank, targets=targets)
     _, chosen = choose(model, shape)
-    starts = lost_in_nf4(model, chosen, rank)
+    starts = lost_in_4_bits(model, chosen, rank)
     quantize_linears(model)
     attach(model, shape)
     begin_with(model, chosen, starts)
@@ -83,7 +83,7 @@ def test_draws_nothing_from_the_generators_and_leaves_the_model_as_it_was() -> N
     model = random_lm(VOCAB, context=32).train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     _, chosen = choose(model, AdapterShape(rank=2))
-    one, other = (lost_in_nf4(model, chosen, 2, seed=3) for _ in range(2))
+    one, other = (lost_in_4_bits(model, chosen, 2, seed=3) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

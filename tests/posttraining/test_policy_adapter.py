@@ -29,7 +29,7 @@ from danlu.posttraining.align import align
 from danlu.posttraining.config import AlignConfig
 from danlu.posttraining.reward_watch import RewardWatch
 from danlu.posttraining.rollouts import Rollout, RolloutEngine
-from danlu.quantization.nf4_linear import quantize_linears
+from danlu.quantization.packed_linear import quantize_linears
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training import checkpoint
 from danlu.training.logprobs import target_logprobs
@@ -78,7 +78,7 @@ def recomputed(model: CausalLM, rollouts: list[Rollout]) -> torch.Tensor:
         (AdapterShape(rank=4, token_ids=(7, 9)), {"tied": True}, True),
         (AdapterShape(rank=4, targets=("q_proj", "lm_head")), {"tied": True}, False),
     ],
-    ids=["lora", "dora on nf4", "rows of tokens", "a tied head"],
+    ids=["lora", "dora on 4 bits", "rows of tokens", "a tied head"],
 )
 def test_answers_are_drawn_from_the_model_with_its_adapter(
     shape: AdapterShape, options: dict[str, bool], native: bool, model_folder: Path
@@ -116,7 +116,7 @@ def config(model_folder: Path, tmp_path: Path) -> AlignConfig:
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_a_resumed_run_ends_with_the_same_adapter(method: Any, config: AlignConfig) -> None:
-    more = {"method": method} if method == "grpo" else {"method": method, "adapter": "dora", "quantize": "nf4"}
+    more = {"method": method} if method == "grpo" else {"method": method, "adapter": "dora", "quantize": "4bit"}
     straight, broken = (
         dataclasses.replace(config, out=config.out / name, **more)  # type: ignore[arg-type]
         for name in ("straight", "broken")
@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_with_the_same_adapter(method: Any, config: AlignConf
     if method == "ppo":
         critic, _ = open_adapted(straight.out / "critic", RewardModel)
         assert critic.head.weight.shape == (1, model.config.dim)
-        assert Card.load(straight.out / "critic").details["adapter"]["quantize"] == "nf4"
+        assert Card.load(straight.out / "critic").details["adapter"]["quantize"] == "4bit"
 
 
 @pytest.mark.parametrize("at_step", [1, 3], ids=["before the first checkpoint", "behind it"])

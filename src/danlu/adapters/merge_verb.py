@@ -26,7 +26,7 @@ from danlu.models.causal_lm import CausalLM
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.heads import QuestionAnswering, SequenceClassifier, TokenClassifier
 from danlu.models.load import Model, save_model
-from danlu.quantization.nf4_linear import dequantize_linears
+from danlu.quantization.packed_linear import dequantize_linears
 from danlu.tokenizer.tokenizer import Tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -40,8 +40,8 @@ KINDS: dict[str, type[Any]] = {
 def merge_adapter(config: MergeConfig) -> Path:
     """Write the model that an adapter makes of its base.
 
-    Of an adapter that was trained on NF4, the base is put into NF4, dequantized, and the update added to that: what was
-    trained, and not what it was trained from. A head tied to the embedding that has an update of its own is untied.
+    Of an adapter that was trained on 4 bits, the base is put into these, unpacked, and the update added to that: what
+    was trained, and not what it was trained from. A head tied to the embedding that has an update of its own is untied.
 
     Returns:
         The model folder. Its card has ``perplexity_before`` and ``perplexity_after`` (the base with the adapter beside

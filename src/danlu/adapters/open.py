@@ -22,7 +22,7 @@ from danlu.tokenizer.definition import TOKENIZER
 from danlu.tokenizer.tokenizer import Tokenizer
 
 M = TypeVar("M", bound=Model)
-Quantize = Literal["auto", "none", "nf4"]
+Quantize = Literal["auto", "none", "4bit"]
 
 
 def base_of(folder: str | Path) -> Path:
@@ -42,14 +42,14 @@ def base_of(folder: str | Path) -> Path:
     )
 
 
-def makes_up_for_nf4(folder: str | Path) -> bool:
+def makes_up_for_4_bits(folder: str | Path) -> bool:
     """Whether an adapter of ours began with what 4 bits had lost of its base, and so belongs to that base alone."""
     return _adapter_details(folder).get("start") == "error"
 
 
-def trained_in(folder: str | Path) -> Literal["none", "nf4"]:
+def trained_in(folder: str | Path) -> Literal["none", "4bit"]:
     """How the base was kept while an adapter of ours was trained."""
-    return "nf4" if _adapter_details(folder).get("quantize") == "nf4" else "none"
+    return "4bit" if _adapter_details(folder).get("quantize") == "4bit" else "none"
 
 
 def _adapter_details(folder: str | Path) -> dict[str, Any]:
@@ -74,8 +74,8 @@ def open_adapted(
         kind: what to open the base as.
         base: the base model; default: the one that the folder names.
         dtype: of the base; None: as it is stored.
-        quantize: whether the base is put into NF4; auto: where the adapter was trained on it so. The adapter is the
-            update of *those* weights.
+        quantize: whether the base is put into 4 bits; auto: where the adapter was trained on it so, and they had lost
+            something. The adapter is the update of *those* weights.
         merged: the adapter is put into the weights, and a quantized base dequantized: a plain model, that can be saved.
 
     Raises:
@@ -83,14 +83,14 @@ def open_adapted(
     """
     place = base_of(folder) if base is None else base
     _compare(folder, place)
-    if quantize == "none" and makes_up_for_nf4(folder):
+    if quantize == "none" and makes_up_for_4_bits(folder):
         raise DanluError(
             f"{folder}: makes up for what 4 bits have lost of its base, and cannot be added to the whole weights; "
             "leave out quantize=none, or train it with adapter_start=zero"
         )
     model: M = load_model(place, kind, dtype=dtype, new_head=True, **_head_options(folder, kind))
-    if quantize == "nf4" or (quantize == "auto" and trained_in(folder) == "nf4"):
-        from danlu.quantization.nf4_linear import quantize_linears
+    if quantize == "4bit" or (quantize == "auto" and trained_in(folder) == "4bit"):
+        from danlu.quantization.packed_linear import quantize_linears
 
         quantize_linears(model)
     load_adapter(model, folder)
@@ -105,7 +105,7 @@ def open_adapted(
 
 def _dequantize(model: Model, dtype: torch.dtype) -> None:
     """Layers in 4 bits that had no adapter."""
-    from danlu.quantization.nf4_linear import dequantize_linears
+    from danlu.quantization.packed_linear import dequantize_linears
 
     dequantize_linears(model, dtype)
 

@@ -18,8 +18,8 @@ from danlu.adapters.lora import LoRALinear, LowRank
 from danlu.adapters.sites import Site
 from danlu.models.transformer import Transformer
 from danlu.nn.linear import Linear
-from danlu.quantization.nf4 import dequantize_nf4
-from danlu.quantization.nf4_linear import packed_linear
+from danlu.quantization.four_bits import from_file_blocks, unpack
+from danlu.quantization.packed_linear import packed_linear
 
 ROWS, LENGTH = 8, 512
 """Of the random tokens that inputs are measured with. Which features are large hardly depends on the text: training
@@ -33,8 +33,10 @@ Start = tuple[Tensor, list[Tensor]]
 
 
 @torch.no_grad()
-def lost_in_nf4(model: Transformer, chosen: Sequence[Site], rank: int, *, seed: int = 0) -> dict[str, Start]:
-    """What NF4 would lose of the layers at these sites, as updates of a rank, by the sites' names.
+def lost_in_4_bits(model: Transformer, chosen: Sequence[Site], rank: int, *, seed: int = 0) -> dict[str, Start]:
+    """What 4 bits would lose of the layers at these sites, as updates of a rank, by the sites' names.
+
+    Sites whose weights go back into the blocks of the file that they come from have lost nothing, and are left out.
 
     Args:
         model: not quantized yet; its weights may be mapped.
@@ -44,8 +46,9 @@ def lost_in_nf4(model: Transformer, chosen: Sequence[Site], rank: int, *, seed: 
     Raises:
         DanluError: weights that are not finite.
     """
-    quantized = [site for site in chosen if all(type(model.get_submodule(name)) is Linear for name in site.ours)]
-    quantized = [site for site in quantized if not site.is_head]
+    quantized = [site for site in chosen if not site.is_head and _loses(model, site)]
+    if not quantized:
+        return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes = _input_sizes(model, quantized)
@@ -78,9 +81,15 @@ def begin_with(model: nn.Module, chosen: Sequence[Site], starts: dict[str, Start
                 adapter.magnitude.copy_(wrapper.norms(adapter))
 
 
+def _loses(model: Transformer, site: Site) -> bool:
+    layers = [model.get_submodule(name) for name in site.ours]
+    plain = [layer for layer in layers if type(layer) is Linear]
+    return len(plain) == len(layers) and any(from_file_blocks(layer.weight) is None for layer in plain)
+
+
 def _error(name: str, layer: nn.Module) -> Tensor:
     assert isinstance(layer, Linear)
-    return layer.weight.float() - dequantize_nf4(packed_linear(name, layer).packed)
+    return layer.weight.float() - unpack(packed_linear(name, layer).packed)
 
 
 def _input_sizes(model: Transformer, chosen: Sequence[Site]) -> dict[str, Tensor]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from danlu import console
 from danlu.adapters.config import AdapterOptions, AdapterStart
 from danlu.adapters.lora import attach
 from danlu.adapters.peft_folder import save_adapter
-from danlu.adapters.quantization_error import Start, begin_with, lost_in_nf4
+from danlu.adapters.quantization_error import Start, begin_with, lost_in_4_bits
 from danlu.adapters.sites import Site, choose, n_weights
 from danlu.adapters.token_rows import enlarge
 from danlu.adapters.wrapper import active_adapter
@@ -33,10 +35,10 @@ BETAS = (0.9, 0.999)
 
 def base_dtype(options: AdapterOptions, compute_dtype: torch.dtype) -> torch.dtype | None:
     """The dtype to open a model in: fp32 where all weights are trained, that of the products where they are frozen, and
-    as they are stored (mapped, and read as they are needed) where they become NF4."""
+    as they are stored (mapped, and read as they are needed) where they are packed."""
     if options.adapter == "none":
         return torch.float32
-    return None if options.in_nf4 else compute_dtype
+    return None if options.in_4_bits else compute_dtype
 
 
 def with_new_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[Tokenizer, tuple[int, ...]]:
@@ -91,7 +93,8 @@ def begin_adapter(
             as the rank reaches (`quantization_error.py`); auto: that where it is quantized, and no encoder-decoder.
 
     Returns:
-        The tokenizer, with the new tokens; and what the card shall say.
+        The tokenizer, with the new tokens; and what the card shall say. A base whose 4 bits lost nothing counts as not
+        quantized: it is what the adapter belongs to.
 
     Raises:
         DanluError: targets, budget or tokens that do not fit the model, or one that cannot be quantized.
@@ -105,25 +108,28 @@ def begin_adapter(
     shape = options.adapter_shape(ids)
     chosen: list[Site] = []
     starts: dict[str, Start] = {}
+    packed: Counter[str] = Counter()
     if start == "auto":
-        start = "error" if options.in_nf4 and isinstance(model, Transformer) else "zero"
-    if options.in_nf4:
-        from danlu.quantization.nf4_linear import quantize_linears
+        start = "error" if options.in_4_bits and isinstance(model, Transformer) else "zero"
+    if options.in_4_bits:
+        from danlu.quantization.packed_linear import PackedLinear, quantize_linears
 
         if start == "error":
             if not isinstance(model, Transformer):
                 raise DanluError("adapter_start=error is for models of one stack; leave it out")
             exact_shape, chosen = choose(model, shape)
             assert exact_shape.rank is not None
-            starts = lost_in_nf4(model, chosen, exact_shape.rank, seed=seed)
+            starts = lost_in_4_bits(model, chosen, exact_shape.rank, seed=seed)
         quantize_linears(model)
+        packed = Counter(module.kind for module in model.modules() if isinstance(module, PackedLinear))
+        console.note("frozen in 4 bits: " + ", ".join(f"{n} matrices in {kind}" for kind, n in packed.items()))
     total = n_weights(model)
     shape = attach(model, shape, seed=seed)
     begin_with(model, chosen, starts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return tokenizer, {
-        **dataclasses.asdict(shape), "quantize": "nf4" if options.in_nf4 else "none", "start": start,
-        "trained_share": trained / total,
+        **dataclasses.asdict(shape), "quantize": "4bit" if "NF4" in packed else "none",
+        "start": "error" if starts else "zero", "trained_share": trained / total,
     }  # fmt: skip
 
 

@@ -19,9 +19,9 @@ class MergeConfig:
     dtype: Literal["keep", "f32", "f16", "bf16"] = option(
         "keep", "Type of the weights; keep: that of most of the base's, fp32 for packed ones."
     )
-    quantize: Literal["auto", "none", "nf4"] = option(
+    quantize: Literal["auto", "none", "4bit"] = option(
         "auto",
-        "nf4: the adapter is added to the base as it is in NF4, dequantized; auto: where it was trained so. What is "
+        "4bit: the adapter is added to the base as it is in 4 bits, unpacked; auto: where it was trained so. What is "
         "written is not packed.",
     )
     data: Path | None = option(

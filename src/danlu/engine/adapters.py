@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from danlu.adapters.lora import LoRALinear, LowRank
-from danlu.adapters.open import makes_up_for_nf4, trained_in
+from danlu.adapters.open import makes_up_for_4_bits, trained_in
 from danlu.adapters.peft_folder import BASE, WEIGHTS, load_adapter
 from danlu.adapters.wrapper import wrappers
 from danlu.console import warn
@@ -59,7 +59,7 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
             f"{folder}: holds the head's own weights besides an update of them, which belong to one base model alone; "
             f"merge it: danlu merge BASE {folder} OUT"
         )
-    if makes_up_for_nf4(folder):
+    if makes_up_for_4_bits(folder):
         raise DanluError(
             f"{folder}: makes up for what 4 bits have lost of its base, and cannot be added to other weights; "
             f"merge it: danlu merge BASE {folder} OUT, or train it with adapter_start=zero"
@@ -77,8 +77,8 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
         assert isinstance(adapter, LowRank)
         magnitude = None if adapter.magnitude is None else adapter.magnitude.detach()
         found[place] = Update(adapter.a.detach(), adapter.scale * adapter.b.detach(), magnitude)
-    if trained_in(folder) == "nf4":
-        warn(f"{folder}: was trained on its base in 4 bits (nf4), and is added to the weights that are open here")
+    if trained_in(folder) == "4bit":
+        warn(f"{folder}: was trained on its base in 4 bits (NF4), and is added to the weights that are open here")
     return found
 
 

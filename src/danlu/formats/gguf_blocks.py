@@ -65,14 +65,14 @@ def row_bytes(kind: str, n_columns: int) -> int:
     return n_columns // elements * n_bytes
 
 
-def dequantize(data: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
+def dequantize(data: Tensor, kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     """Unpack a tensor.
 
     Args:
         data: uint8, the blocks of all rows one after the other, in any shape.
 
     Returns:
-        fp32 of the given shape.
+        The given shape, computed in fp32 and rounded to ``dtype`` once.
 
     Raises:
         DanluError: the type is not supported, or the bytes are too few or too many for the shape.
@@ -83,10 +83,10 @@ def dequantize(data: Tensor, kind: str, shape: tuple[int, ...]) -> Tensor:
     if data.numel() != expected:
         raise DanluError(f"{kind} of shape {shape} takes {expected} bytes, not {data.numel()}")
     if kind in PLAIN_DTYPES:
-        return data.reshape(-1).view(PLAIN_DTYPES[kind]).reshape(shape).float()
+        return data.reshape(-1).view(PLAIN_DTYPES[kind]).reshape(shape).to(dtype)
     elements, n_bytes = BLOCKS[kind]
     blocks = data.reshape(-1, n_bytes)
-    out = torch.empty(len(blocks), elements, device=data.device)
+    out = torch.empty(len(blocks), elements, dtype=dtype, device=data.device)
     step = _CHUNK // elements
     for start in range(0, len(blocks), step):
         out[start : start + step] = _UNPACK[kind](blocks[start : start + step])

@@ -371,7 +371,7 @@ def _check_plain(model: Model) -> None:
         if hasattr(module, "to_linear"):
             raise DanluError(
                 f"{name}: is a {type(module).__name__}, and a model folder holds floats; dequantize it first "
-                "(danlu.quantization.nf4_linear: dequantize_linears)"
+                "(danlu.quantization.packed_linear: dequantize_linears)"
             )
 
 

@@ -194,8 +194,8 @@ class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOpt
     )
     adapter_start: AdapterStart = option(
         "auto",
-        "What an adapter begins as: zero, the model as it is; error: with what quantize=nf4 has lost of the weights, "
-        "as far as its rank reaches, which belongs to the 4-bit base alone; auto: error with nf4 (encoder-decoders: "
+        "What an adapter begins as: zero, the model as it is; error: with what quantize=4bit has lost of the weights, "
+        "as far as its rank reaches, which belongs to the 4-bit base alone; auto: error with 4bit (encoder-decoders: "
         "zero).",
     )
     target_len: int = option(
@@ -215,8 +215,8 @@ class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOpt
         found += self.adapter_problems()
         if self.adapter != "none" and self.optimizer == "muon":
             found.append("optimizer=muon is for whole matrices; an adapter's are learned with adamw")
-        if self.adapter_start == "error" and not self.in_nf4:
-            found.append("adapter_start=error makes up for what quantize=nf4 loses; add that, or leave it out")
+        if self.adapter_start == "error" and not self.in_4_bits:
+            found.append("adapter_start=error makes up for what quantize=4bit loses; add that, or leave it out")
         if self.adapter_start == "zero" and self.adapter == "none":
             found.append("adapter_start is for adapters; add adapter=lora")
         if self.new_tokens and self.task != "causal":

@@ -1,4 +1,4 @@
-"""NF4 layers against plain ones with the dequantized weight, and what quantizing a model does to it."""
+"""Layers in 4 bits against plain ones with the unpacked weight, and what quantizing a model does to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from danlu.models.heads import MaskedLM
 from danlu.models.load import load_model, save_model
 from danlu.nn.config import Experts, ModelConfig, Rope
 from danlu.nn.linear import Head, Linear
-from danlu.quantization.nf4_linear import NF4Linear, dequantize_linears, quantize_linears
+from danlu.quantization.packed_linear import PackedLinear, dequantize_linears, quantize_linears
 
 
 def make_linear(bias: bool = True) -> Linear:
@@ -51,7 +51,7 @@ def output_and_gradients(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_output_and_gradient_are_those_of_the_dequantized_layer(dtype: torch.dtype, bias: bool) -> None:
-    layer = NF4Linear.from_linear(make_linear(bias))
+    layer = PackedLinear.from_linear(make_linear(bias))
     x = torch.randn(2, 5, 70, dtype=dtype)
     found, expected = output_and_gradients(layer, x), output_and_gradients(layer.to_linear(), x)
     for one, other in zip(found, expected, strict=True):
@@ -61,14 +61,14 @@ def test_output_and_gradient_are_those_of_the_dequantized_layer(dtype: torch.dty
 
 def test_weight_is_frozen_and_near_the_original() -> None:
     linear = make_linear()
-    layer = NF4Linear.from_linear(linear)
+    layer = PackedLinear.from_linear(linear)
     assert not any(p.requires_grad for p in layer.parameters())
     assert torch.equal(layer.bias, linear.bias)  # type: ignore[arg-type]
     assert (layer.to_linear().weight - linear.weight).norm() / linear.weight.norm() < 0.1
 
 
 def test_a_bias_can_be_trained() -> None:
-    layer = NF4Linear.from_linear(make_linear())
+    layer = PackedLinear.from_linear(make_linear())
     plain = layer.to_linear()
     x = torch.randn(2, 5, 70)
     for module in (layer, plain):
@@ -80,17 +80,20 @@ def test_a_bias_can_be_trained() -> None:
 def test_nothing_is_kept_for_the_backward_pass() -> None:
     """A plain layer keeps its weight, and in another dtype a copy of it."""
     kept: dict[str, int] = {}
-    for name, layer in (("nf4", NF4Linear.from_linear(make_linear())), ("plain", make_linear().requires_grad_(False))):
+    for name, layer in (
+        ("packed", PackedLinear.from_linear(make_linear())),
+        ("plain", make_linear().requires_grad_(False)),
+    ):
         sizes: list[int] = []
         with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             layer(torch.randn(2, 5, 70, dtype=torch.bfloat16, requires_grad=True))
         kept[name] = sum(sizes)
-    assert kept == {"nf4": 0, "plain": 70 * 33}
+    assert kept == {"packed": 0, "plain": 70 * 33}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_gradient_checkpointing(reentrant: bool) -> None:
-    network = nn.Sequential(NF4Linear.from_linear(make_linear()), nn.Tanh())
+    network = nn.Sequential(PackedLinear.from_linear(make_linear()), nn.Tanh())
     x = torch.randn(4, 70)
     expected = output_and_gradients(network, x)
     found = output_and_gradients(_Checkpointed(network, reentrant), x)
@@ -108,8 +111,8 @@ class _Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_state_comes_back(double: bool) -> None:
-    layer = NF4Linear.from_linear(make_linear(), double=double)
-    other = NF4Linear.from_linear(Linear(70, 33), double=double)
+    layer = PackedLinear.from_linear(make_linear(), double=double)
+    other = PackedLinear.from_linear(Linear(70, 33), double=double)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 70)
     assert torch.equal(other(x), layer(x))
@@ -119,7 +122,7 @@ def test_state_comes_back(double: bool) -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_a_cast_leaves_the_weight_as_it_is(double: bool) -> None:
-    layer = NF4Linear.from_linear(make_linear(), double=double)
+    layer = PackedLinear.from_linear(make_linear(), double=double)
     before = layer.to_linear().weight
     layer.to(torch.bfloat16).half()
     assert torch.equal(layer.to_linear().weight, before)
@@ -131,7 +134,7 @@ def test_a_cast_leaves_the_weight_as_it_is(double: bool) -> None:
 
 def test_a_graph_of_it_is_whole() -> None:
     """`torch.compile` breaks nowhere, and what it traced is the same."""
-    layer = NF4Linear.from_linear(make_linear())
+    layer = PackedLinear.from_linear(make_linear())
     x = torch.randn(4, 70)
     expected = output_and_gradients(layer, x)
     found = output_and_gradients(torch.compile(layer, backend="aot_eager", fullgraph=True), x)  # type: ignore[arg-type]
@@ -142,7 +145,7 @@ def test_a_model_computes_as_with_the_dequantized_weights() -> None:
     model = make_model(qkv_bias=True)
     original = copy.deepcopy(model)
     quantize_linears(model)
-    linears = {name for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     assert len(linears) == 14
     assert all(name.startswith("layers.") for name in linears)
     assert model.head.weight is model.embed.weight
@@ -166,13 +169,13 @@ def test_a_wide_weight_is_gone_before_the_next_is_packed(monkeypatch: pytest.Mon
     model = make_model()
     wide = [weakref.ref(module.weight) for module in model.layers.modules() if isinstance(module, Linear)]
     alive: list[int] = []
-    from_linear = NF4Linear.from_linear
+    from_linear = PackedLinear.from_linear
 
-    def counted(linear: nn.Linear, **options: Any) -> NF4Linear:
+    def counted(linear: nn.Linear, **options: Any) -> PackedLinear:
         alive.append(sum(weight() is not None for weight in wide))
         return from_linear(linear, **options)
 
-    monkeypatch.setattr(NF4Linear, "from_linear", counted)
+    monkeypatch.setattr(PackedLinear, "from_linear", counted)
     quantize_linears(model)
     assert alive == list(range(14, 0, -1))
 
@@ -209,7 +212,7 @@ def test_what_belongs_to_a_head_stays() -> None:
     quantize_linears(model, keep=())
     assert type(model.transform) is Linear
     assert type(model.head) is Head
-    assert isinstance(model.get_submodule("layers.0.attention.q_proj"), NF4Linear)
+    assert isinstance(model.get_submodule("layers.0.attention.q_proj"), PackedLinear)
 
 
 def test_what_cannot_be_quantized_is_refused_by_name() -> None:
