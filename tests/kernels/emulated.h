@@ -1,5 +1,5 @@
-// Included before a kernel source, lets it be compiled for AVX512-VNNI and, with EMULATE_AMX, for AMX, and run on any
-// CPU with AVX2: SIMDe has most of the AVX512 intrinsics, the rest and the tiles are here, in plain loops.
+// Included before a kernel source, lets it be compiled for AVX512-VNNI, with EMULATE_BF16 for AVX512-BF16 and with
+// EMULATE_AMX for AMX, and run on any CPU with AVX2: SIMDe has most of the AVX512 intrinsics, the rest and the tiles are here, in plain loops.
 #pragma once
 #include <immintrin.h>
 
@@ -34,6 +34,31 @@ inline float fold(__m512 a, F f) {
     return x[0];
 }
 
+inline float bfloat(const uint8_t* from) {
+    uint32_t bits = uint32_t(from[0]) << 16 | uint32_t(from[1]) << 24;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+#ifdef EMULATE_BF16
+// To nearest, ties to even.
+inline __m256i round_to_bf16(__m512 from) {
+    return each<__m256i, uint16_t, uint32_t>(from, [](uint32_t x) { return uint16_t((x + 0x7fff + (x >> 16 & 1)) >> 16); });
+}
+// sums[n] += a[2n] b[2n] + a[2n + 1] b[2n + 1]
+inline __m512 multiply_pairs(__m512 sums, __m512i a, __m512i b) {
+    float y[16];
+    uint8_t x[2][64];
+    std::memcpy(y, &sums, 64), std::memcpy(x[0], &a, 64), std::memcpy(x[1], &b, 64);
+    for (int n = 0; n < 16; n++)
+        for (int half = 2; half >= 0; half -= 2) y[n] += bfloat(x[0] + 4 * n + half) * bfloat(x[1] + 4 * n + half);
+    __m512 to;
+    std::memcpy(&to, y, 64);
+    return to;
+}
+#endif
+
 #ifdef EMULATE_AMX
 // Which a thread has once it configures them; touching them before, or after their release, ends the test.
 struct Tiles {
@@ -60,12 +85,6 @@ inline void load_tile(int i, const void* from, size_t stride) {
 }
 inline void store_tile(int i, void* to, size_t stride) {
     for (int r = 0; r < 16; r++) std::memcpy((uint8_t*)to + r * stride, tile(i)[r], 64);
-}
-inline float bfloat(const uint8_t* from) {
-    uint32_t bits = uint32_t(from[0]) << 16 | uint32_t(from[1]) << 24;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
 }
 // C[m][n] += sum_k A[m][2k] B[k][2n] + A[m][2k + 1] B[k][2n + 1]
 inline void multiply_tiles(int c, int a, int b) {
@@ -107,6 +126,15 @@ inline void multiply_tiles(int c, int a, int b) {
 
 #define __AVX512F__ 1
 #define __AVX512VNNI__ 1
+
+#ifdef EMULATE_BF16
+#define __AVX512BF16__ 1
+#undef _mm512_cvtneps_pbh
+#undef _mm512_dpbf16_ps
+#define __m512bh __m512i
+#define _mm512_cvtneps_pbh(x) emulated::round_to_bf16(x)
+#define _mm512_dpbf16_ps(sums, a, b) emulated::multiply_pairs(sums, a, b)
+#endif
 
 #ifdef EMULATE_AMX
 #define __AMX_BF16__ 1

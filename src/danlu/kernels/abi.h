@@ -50,8 +50,8 @@ struct Adapter {
     int32_t rank;  // the largest of them
 };
 
-// The cache of one group of layers: (blocks, layers, kv heads, block), so that what is used lies together. Keys of a block lie by dimension, (head_dim, 16),
-// values by token, (16, head_dim). In int8 each block is followed by its 16 scales, fp32.
+// The cache of one group of layers: (blocks, layers, kv heads, block), so that what is used lies together. How a block holds
+// its values: attention.h. In int8 each block is followed by its 16 scales, fp32.
 struct Cache {
     uint8_t *keys, *values;
     int64_t n_layers;

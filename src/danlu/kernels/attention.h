@@ -8,14 +8,33 @@
 
 constexpr int KEYS = 128;  // keys whose scores are held at once
 
+// How a block of the cache holds its values; keys lie by dimension, (head_dim, 16), values by token, (16, head_dim), and in
+// bf16 two rows of either side by side. FACTOR: what they are multiplied with, queries and weights.
+template <class T>
+struct Stored {
+    using Value = T;
+    using Factor = float;
+    static constexpr int DEPTH = 1;
+};
+template <>
+struct Stored<bf16_pair> {
+    using Value = bf16;
+#ifdef __AVX512BF16__
+    using Factor = bf16;
+#else
+    using Factor = float;
+#endif
+    static constexpr int DEPTH = 2;
+};
+
 template <class T>
 constexpr size_t cache_block_bytes(int head_dim) {
-    return size_t(TILE) * head_dim * sizeof(T) + (sizeof(T) == 1 ? TILE * sizeof(float) : 0);
+    return size_t(TILE) * head_dim * sizeof(typename Stored<T>::Value) + (sizeof(T) == 1 ? TILE * sizeof(float) : 0);
 }
 
 inline size_t cache_block_bytes(int kind, int head_dim) {
     return kind == KV_F32    ? cache_block_bytes<float>(head_dim)
-           : kind == KV_BF16 ? cache_block_bytes<bf16>(head_dim)
+           : kind == KV_BF16 ? cache_block_bytes<bf16_pair>(head_dim)
                              : cache_block_bytes<int8_t>(head_dim);
 }
 
@@ -23,10 +42,11 @@ inline void write_one(float* to, float x, float) { *to = x; }
 inline void write_one(bf16* to, float x, float) { *to = to_bf16(x); }
 inline void write_one(int8_t* to, float x, float inverse) { *to = int8_t(std::nearbyint(x * inverse)); }
 
-// Stores one token's key or value of one head at its place in a block: step 16 for keys, 1 for values.
+// Stores one token's key or value of one head at its place in a block.
 template <class T>
 inline void write_cache(uint8_t* block, int place, const float* x, int head_dim, bool key) {
-    T* to = (T*)block + (key ? place : place * head_dim);
+    constexpr int DEPTH = Stored<T>::DEPTH;
+    auto* to = (typename Stored<T>::Value*)block;
     float inverse = 0;
     if (sizeof(T) == 1) {
         float most = 0;
@@ -35,7 +55,10 @@ inline void write_cache(uint8_t* block, int place, const float* x, int head_dim,
         scales[place] = most / 127;
         inverse = most > 0 ? 127 / most : 0;
     }
-    for (int i = 0; i < head_dim; i++) write_one(to + i * (key ? TILE : 1), x[i], inverse);
+    for (int i = 0; i < head_dim; i++) {
+        const int row = key ? i : place, column = key ? place : i, width = key ? TILE : head_dim;
+        write_one(to + (row / DEPTH * width + column) * DEPTH + row % DEPTH, x[i], inverse);
+    }
 }
 
 // One key/value head of one sequence, as one layer sees it.
@@ -59,7 +82,7 @@ inline int first_chunk(const Heads& heads, int position) {
 inline int last_chunk(int position) { return position / KEYS; }
 
 struct AttentionScratch {
-    std::vector<float> queries, scores, out, most, total;  // of one chunk
+    std::vector<float> queries, scores, out, most, total;  // of one chunk; queries and weights may be kept in bf16
     std::vector<float> all_out, all_most, all_total;       // of those so far
 
     void fit(int rows, int head_dim) {
@@ -97,12 +120,20 @@ inline void absorb(float& most, float& total, float* out, float chunk_most, floa
     most = greatest;
 }
 
-// The queries, scaled and turned, are in scratch.queries, (rows, head_dim); positions[m] is the place of row m,
-// ascending. Leaves in scratch what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
+// Scales the query of row m.
+template <class T>
+inline void put_query(const float* query, float scale, int m, int dim, AttentionScratch& scratch) {
+    auto* to = (typename Stored<T>::Factor*)scratch.queries.data() + size_t(m) * dim;
+    for (int d = 0; d < dim; d += W) store(to + d, load(query + d) * set1(scale));
+}
+
+// The queries are in scratch.queries, (rows, head_dim); positions[m] is the place of row m, ascending. Leaves in scratch what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
 template <class T>
 inline void attend(const Heads& heads, const int* positions, int rows, int chunk, AttentionScratch& scratch) {
     constexpr int AHEAD = 4;  // blocks lie anywhere in memory: no hardware foresees the next one
+    using Factor = typename Stored<T>::Factor;
     const int dim = heads.head_dim, start = chunk * KEYS;
+    const auto* queries = (const Factor*)scratch.queries.data();
     const size_t block_bytes = cache_block_bytes<T>(dim);
     float *scores = scratch.scores.data(), *out = scratch.out.data();
     std::fill_n(out, size_t(rows) * dim, 0.0f);
@@ -115,16 +146,16 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
     const auto values = [&](int b) { return heads.values + table[b] * heads.stride; };
     for (int b = first; b < std::min(first + AHEAD, n_blocks); b++) fetch(keys(b), block_bytes);
     for (int b = first, taken; b < n_blocks; b += taken) {
-        taken = rows <= FEW_QUERIES && b + 4 <= n_blocks ? 4 : 1;
+        taken = b + 4 <= n_blocks ? 4 : 1;
         for (int i = b; i < b + taken; i++) {
             if (i + AHEAD < n_blocks) fetch(keys(i + AHEAD), block_bytes);
             fetch(values(i), block_bytes);
         }
         if (taken == 4) {
             const T* const blocks[] = {(const T*)keys(b), (const T*)keys(b + 1), (const T*)keys(b + 2), (const T*)keys(b + 3)};
-            by_64(scratch.queries.data(), dim, rows, blocks, TILE, dim, scores + b * TILE, KEYS, false);
+            by_64(queries, dim, rows, blocks, TILE, dim, scores + b * TILE, KEYS, false);
         } else {
-            by_16(scratch.queries.data(), dim, rows, (const T*)keys(b), TILE, dim, scores + b * TILE, KEYS, false);
+            by_16(queries, dim, rows, (const T*)keys(b), TILE, dim, scores + b * TILE, KEYS, false);
         }
         if (sizeof(T) == 1)
             for (int i = b; i < b + taken; i++) times_scales((const float*)(keys(i) + size_t(TILE) * dim), rows, scores + i * TILE);
@@ -145,23 +176,24 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
         for (int i = 0; i < n; i += W) {
             Vec x = load(s + i);
             Vec e = most == -INFINITY ? set1(0) : unless_infinite(x, exp(x - set1(most)));
-            total = total + e;
-            store(s + i, e);
+            store((Factor*)s + i, e);  // over scores that have been read
+            total = total + load((Factor*)s + i);  // as they were rounded
         }
         scratch.total[m] = sum(total);
     }
+    constexpr int KEPT = KEYS * sizeof(float) / sizeof(Factor);
     for (int b = first; b < n_blocks; b++) {
         const uint8_t* block = values(b);
         if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
+        const Factor* weights = (const Factor*)scores + b * TILE;
         int filled = std::min(TILE, n_keys - b * TILE);  // the rest of a block is whatever it held before
         int d = 0;
-        if (rows <= FEW_QUERIES)
-            for (; d + 4 * TILE <= dim; d += 4 * TILE) {
-                const T* at = (const T*)block + d;
-                const T* const columns[] = {at, at + TILE, at + 2 * TILE, at + 3 * TILE};
-                by_64(scores + b * TILE, KEYS, rows, columns, dim, filled, out + d, dim, true);
-            }
+        for (; d + 4 * TILE <= dim; d += 4 * TILE) {
+            const T* at = (const T*)block + d;
+            const T* const columns[] = {at, at + TILE, at + 2 * TILE, at + 3 * TILE};
+            by_64(weights, KEPT, rows, columns, dim, filled, out + d, dim, true);
+        }
         for (; d < dim; d += TILE)
-            by_16(scores + b * TILE, KEYS, rows, (const T*)block + d, dim, filled, out + d, dim, true);
+            by_16(weights, KEPT, rows, (const T*)block + d, dim, filled, out + d, dim, true);
     }
 }

@@ -42,7 +42,8 @@ class InstructionSet(NamedTuple):
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 SETS = (
-    InstructionSet("amx", (*_AVX512, "-mamx-tile", "-mamx-bf16"), "tdpbf16ps %tmm0, %tmm1, %tmm2"),
+    InstructionSet("amx", (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "tdpbf16ps %tmm0, %tmm1, %tmm2"),
+    InstructionSet("avx512_bf16", (*_AVX512, "-mavx512bf16"), "vdpbf16ps %zmm0, %zmm1, %zmm2"),
     InstructionSet("avx512", _AVX512, "vpdpbusd %zmm0, %zmm1, %zmm2"),
     InstructionSet("avx2", _AVX2, "vpaddd %ymm0, %ymm1, %ymm2"),
 )

@@ -14,10 +14,13 @@ static bool may_use_tiles() {
 extern "C" __attribute__((visibility("default"))) int danlu_works() {
     __builtin_cpu_init();
     bool works = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#if defined(DANLU_AVX512) || defined(DANLU_AMX)
+#if defined(DANLU_AVX512) || defined(DANLU_AVX512_BF16) || defined(DANLU_AMX)
     works = works && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
             __builtin_cpu_supports("avx512vnni");
+#endif
+#if defined(DANLU_AVX512_BF16) || defined(DANLU_AMX)
+    works = works && __builtin_cpu_supports("avx512bf16");
 #endif
 #if defined(DANLU_AMX)
     works = works && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();

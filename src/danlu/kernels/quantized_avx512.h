@@ -32,10 +32,9 @@ struct Codes {
     ALWAYS_INLINE Vec add(Vec acc, const int8_t* x, float x_scale, float x_sum) const {
         __m512i lower = _mm512_setzero_si512(), upper = lower;
         unroll<4>([&](int j) ALWAYS_INLINE { lower = _mm512_dpbusd_epi32(lower, codes[j], four(x + 4 * j)); });
-        if (!RAISED) upper = lower;
         unroll<4>([&](int j) ALWAYS_INLINE { upper = _mm512_dpbusd_epi32(upper, codes[j + 4], four(x + 4 * j + 16)); });
         if (KIND != Q8_0 && RAISED) upper = _mm512_srai_epi32(upper, 4);
-        Vec total = _mm512_cvtepi32_ps(RAISED ? _mm512_add_epi32(lower, upper) : upper);
+        Vec total = _mm512_cvtepi32_ps(_mm512_add_epi32(lower, upper));
         return fma(minimum, set1(x_sum), fma(total * scale, set1(x_scale), acc));
     }
 

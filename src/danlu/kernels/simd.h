@@ -9,6 +9,7 @@
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct bf16_pair { bf16 of[2]; };  // two numbers that a product takes together
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
@@ -37,6 +38,11 @@ inline Vec load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+inline void load(const bf16_pair* p, Vec& first, Vec& second) {
+    const __m512i both = _mm512_loadu_si512(p);
+    first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+}
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -63,6 +69,11 @@ inline Vec load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
+inline void load(const bf16_pair* p, Vec& first, Vec& second) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)p);
+    first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+}
 inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -86,6 +97,10 @@ inline float greatest(Vec a) {
 inline Vec unless_infinite(Vec x, Vec y) {
     return _mm256_and_ps(_mm256_cmp_ps(x, set1(-INFINITY), _CMP_NEQ_UQ), y);
 }
+#endif
+
+#ifdef __AVX512BF16__
+inline void store(bf16* p, Vec x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
 constexpr int W = sizeof(Vec) / sizeof(float);  // lanes

@@ -349,7 +349,14 @@ class Step {
     void turn(float* x, const Layer& layer, int t) {
         const int half = batch_->rotated[layer.rope] / 2;
         const float *cos = batch_->cos[layer.rope] + size_t(t) * half, *sin = batch_->sin[layer.rope] + size_t(t) * half;
-        for (int i = 0; i < half; i++) {
+        int i = 0;
+        if (!layer.interleaved)
+            for (; i + W <= half; i += W) {
+                const Vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+                store(x + i, a * c - b * s);
+                store(x + half + i, b * c + a * s);
+            }
+        for (; i < half; i++) {
             float &a = layer.interleaved ? x[2 * i] : x[i], &b = layer.interleaved ? x[2 * i + 1] : x[half + i];
             float turned = a * cos[i] - b * sin[i];
             b = b * cos[i] + a * sin[i];
@@ -360,7 +367,7 @@ class Step {
     void keep(uint8_t* block, int place, const float* x, bool key) {
         switch (model_.cache_kind) {
             case KV_F32: write_cache<float>(block, place, x, model_.head_dim, key); break;
-            case KV_BF16: write_cache<bf16>(block, place, x, model_.head_dim, key); break;
+            case KV_BF16: write_cache<bf16_pair>(block, place, x, model_.head_dim, key); break;
             default: write_cache<int8_t>(block, place, x, model_.head_dim, key);
         }
     }
@@ -384,12 +391,15 @@ class Step {
             const int n_rows = (piece.end - piece.begin) * group;
             int positions[ATTENTION_ROWS + 256];
             scratch.fit(n_rows, dim);
-            float* query = scratch.queries.data();
             for (int t = piece.begin, m = 0; t < piece.end; t++)
-                for (int h = 0; h < group; h++, m++, query += dim) {
+                for (int h = 0; h < group; h++, m++) {
                     positions[m] = batch_->positions[t];
                     const float* q = qkv_.data() + size_t(t) * width + (kv_head * group + h) * dim;
-                    for (int d = 0; d < dim; d++) query[d] = q[d] * layer.scale;
+                    switch (model_.cache_kind) {
+                        case KV_F32: put_query<float>(q, layer.scale, m, dim, scratch); break;
+                        case KV_BF16: put_query<bf16_pair>(q, layer.scale, m, dim, scratch); break;
+                        default: put_query<int8_t>(q, layer.scale, m, dim, scratch);
+                    }
                 }
             size_t base = cache_offset(layer, cache, 0, kv_head);
             Heads heads{cache.keys + base, cache.values + base, cache.n_layers * model_.n_kv_heads * block_bytes_,
@@ -402,7 +412,7 @@ class Step {
             for (int chunk = begin; chunk < end; chunk++) {
                 switch (model_.cache_kind) {
                     case KV_F32: attend<float>(heads, positions, n_rows, chunk, scratch); break;
-                    case KV_BF16: attend<bf16>(heads, positions, n_rows, chunk, scratch); break;
+                    case KV_BF16: attend<bf16_pair>(heads, positions, n_rows, chunk, scratch); break;
                     default: attend<int8_t>(heads, positions, n_rows, chunk, scratch);
                 }
                 for (int t = piece.begin, m = 0; t < piece.end; t++)
