@@ -21,6 +21,10 @@ from typing import Any, Protocol, TextIO
 
 Prompts = list[list[int]]
 
+CACHE_MB = 256
+"""Of danlu's cache, which is taken when the model is opened, as `danlu serve` does: 11,000 tokens, more than any task has
+at once. llama.cpp takes what its slots can hold at once, too."""
+
 
 class Peer(Protocol):
     """An engine with the model open.
@@ -50,7 +54,10 @@ class Danlu:
         from danlu.engine.engine_config import EngineConfig
 
         torch.set_num_threads(threads)
-        config = EngineConfig(max_running=streams, context=length, draft="ngram" if drafts else "none")
+        config = EngineConfig(
+            max_running=streams, context=length, draft="ngram" if drafts else "none",
+            kv_memory=CACHE_MB, kv_reserve=True,
+        )  # fmt: skip
         self.engine = Engine(model, config)
 
     def complete(self, prompts: Prompts, new_tokens: int, cached: int) -> tuple[Prompts, float]:

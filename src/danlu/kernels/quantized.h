@@ -9,7 +9,7 @@
 #include "abi.h"
 #include "simd.h"
 
-constexpr int ROW_GROUP = 8;  // rows whose blocks lie side by side: they are multiplied together
+constexpr int ROW_GROUP = 16;  // rows whose blocks lie side by side: they are multiplied together
 
 // Activations of some rows: codes (row / 8, block, row % 8, 32), then dx and dx * sum(xq) of each block in that order.
 struct Quantized {
