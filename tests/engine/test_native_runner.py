@@ -178,25 +178,28 @@ def test_hidden_states_and_copies() -> None:
         torch.testing.assert_close(logits[0], model(sequences.ids[0][None])[0, -1], atol=1e-4, rtol=0)
 
 
-def rounded_to_8_bits(x: Tensor) -> Tensor:
-    """32 values share a scale, the largest is 127."""
+def rounded_to_8_bits(x: Tensor, rest: bool) -> Tensor:
+    """By blocks of 32; with what that leaves, in 8 bits more, or without."""
     blocks = x.unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(-1, keepdim=True) / 127
-    return (torch.where(scale > 0, (blocks / scale).round(), 0) * scale).flatten(-2)
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    codes = (blocks / scale).round()
+    more = ((blocks / scale - codes) * 254).round() / 254 if rest else 0
+    return ((codes + more) * scale).flatten(-2)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q4_K"])
 def test_packed_products(kind: str) -> None:
-    """The same sums as with the unpacked weights and activations rounded to 8 bits. Where a value lies between two
-    codes, rounding errors of fp32 decide, and all that follows differs: sequences of one token keep that to
-    themselves."""
+    """The same sums as with the unpacked weights and activations rounded to 8 bits, for values to more. Where a value
+    lies between two codes, rounding errors of fp32 decide, and all that follows differs: sequences of one token keep
+    that to themselves."""
     model = decoder({**options("llama"), "ffn_dim": 256, "dim": 256, "head_dim": 32, "n_heads": 8, "n_layers": 1})
     weights = packed(model, kind)
     if kind not in native.WEIGHT_KINDS:  # repacked once
         packed(model, "Q8_0")
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (rounded_to_8_bits(inputs[0]),))
+            of_values = name.endswith("v_proj")
+            module.register_forward_pre_hook(lambda _, x, more=of_values: (rounded_to_8_bits(x[0], more),))
     sequences = NativeSequences(model, [1] * 48, weights=weights, kv_dtype="fp32")
     steps = [[0], [1], [2], list(range(3, 19)), list(range(19, 48))]  # one row at a time, a few, many
     found = [logits for step in steps for logits in sequences.advance([(i, 1) for i in step])]

@@ -21,28 +21,28 @@ struct Quantized {
     }
 };
 
-inline void quantize_row(const float* x, int k, const Quantized& to, int row) {
+// Rounds a row; where `rest` is given, what that leaves too, to 254 steps of each step: as much again as 8 bits keep.
+inline void quantize_row(const float* x, int k, const Quantized& to, int row, const Quantized* rest = nullptr) {
     for (int b = 0; b < k / BLOCK; b++, x += BLOCK) {
         Vec most = abs(load(x));
         for (int i = W; i < BLOCK; i += W) most = max(most, abs(load(x + i)));
-        float scale = greatest(most) / 127;
-        Vec inverse = set1(scale > 0 ? 1 / scale : 0);
+        const float scale = greatest(most) / 127, inverse = scale > 0 ? 1 / scale : 0;
         const size_t at = Quantized::place(row, b, k);
-        int8_t* codes = to.codes + at * BLOCK;
-        Vec total = set1(0);
+        Vec total = set1(0), rest_total = set1(0);
         for (int i = 0; i < BLOCK; i += W) {
-            Vec q = round(load(x + i) * inverse);
+            const Vec exact = load(x + i) * set1(inverse), q = round(exact);
             total = total + q;
-#ifdef __AVX512F__
-            _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(q)));
-#else
-            __m256i whole = _mm256_cvtps_epi32(q);
-            __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-            _mm_storel_epi64((__m128i*)(codes + i), _mm_packs_epi16(half, half));
-#endif
+            store(to.codes + at * BLOCK + i, q);
+            if (!rest) continue;
+            const Vec fine = round((exact - q) * set1(254));
+            rest_total = rest_total + fine;
+            store(rest->codes + at * BLOCK + i, fine);
         }
         to.scales[at] = scale;
         to.sums[at] = scale * sum(total);
+        if (!rest) continue;
+        rest->scales[at] = scale / 254;
+        rest->sums[at] = scale / 254 * sum(rest_total);
     }
 }
 

@@ -43,6 +43,7 @@ inline void load(const bf16_pair* p, Vec& first, Vec& second) {
     first = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     second = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
 }
+inline void store(int8_t* p, Vec x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))); }
 inline Vec set1(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -73,6 +74,11 @@ inline void load(const bf16_pair* p, Vec& first, Vec& second) {
     const __m256i both = _mm256_loadu_si256((const __m256i*)p);
     first = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
     second = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(-65536)));
+}
+inline void store(int8_t* p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(half, half));
 }
 inline Vec set1(float x) { return _mm256_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
