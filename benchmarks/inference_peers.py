@@ -22,8 +22,8 @@ from typing import Any, Protocol, TextIO
 Prompts = list[list[int]]
 
 CACHE_MB = 256
-"""Of danlu's cache, which is taken when the model is opened, as `danlu serve` does: 11,000 tokens, more than any task has
-at once. llama.cpp takes what its slots can hold at once, too."""
+"""Of danlu's cache, which is taken when the model is opened, as `danlu serve` does: 11,000 tokens, more than any task
+has at once. llama.cpp takes what its slots can hold at once, too."""
 
 
 class Peer(Protocol):

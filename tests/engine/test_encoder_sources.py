@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paged_sequences import SHAPE, VOCAB, Sequences, random_model
+from encoder_decoders import FAMILIES, encoder_decoder
+from paged_sequences import VOCAB, Sequences
 
 from danlu.engine.batch import Source
 from danlu.engine.torch_runner import TorchRunner
-from danlu.models.encoder_decoder import EncoderDecoder
-from danlu.nn.config import EncoderDecoderConfig, ModelConfig
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "t5": {"relative_buckets": 10, "relative_max_distance": 11, "attention_scale": 1.0, "head_scale": 0.2},
-    "bart": {
-        "learned_positions": True, "position_offset": 2, "count_padding": True, "norm": "layer", "embed_norm": True,
-        "arrangement": "post", "final_norm": False, "gated": False, "activation": "gelu", "qkv_bias": True,
-        "attention_out_bias": True, "ffn_bias": True, "head_bias": True,
-    },
-}  # fmt: skip
 LENGTHS = [20, 3, 1, 28, 17, 20]
-
-
-def encoder_decoder(options: dict[str, Any]) -> EncoderDecoder:
-    stack = ModelConfig(**{**SHAPE, "n_layers": 2, **options, "causal": False})
-    decoder = ModelConfig(**{**SHAPE, **options, "cross_attention": True, "tie_embeddings": True})
-    return random_model(lambda: EncoderDecoder(EncoderDecoderConfig(stack, decoder, decoder_start_id=0)))
 
 
 def random_sources(*lengths: int) -> list[Source]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from danlu.engine.config import SamplingParams
-from danlu.engine.logit_rules import Sampler, SequenceSampler, rows_logprobs, sample_rows
+from danlu.engine.logit_rules import SequenceSampler, rows_logprobs, sample_rows
 from danlu.engine.logprobs import logprobs_of
 from danlu.errors import DanluError
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -262,17 +261,3 @@ def test_banned_strings_never_occur(tokenizer: Tokenizer, seed: int, banned: tup
 def test_banned_strings_need_a_tokenizer() -> None:
     with pytest.raises(DanluError, match="no tokenizer"):
         sampler_of(banned_strings=("x",))
-
-
-def test_a_batch_keeps_the_state_of_rows_when_others_leave() -> None:
-    params = [SamplingParams(seed=i, frequency_penalty=1.0 if i == 2 else 0.0) for i in range(4)]
-    whole, part = Sampler(params, [[0]] * 4, VOCAB), Sampler(params, [[0]] * 4, VOCAB)
-    first = logits_for(11, 4)
-    assert whole(first).tolist() == part(first).tolist()
-    part.select([2, 0])
-    for seed in range(12, 20):
-        logits = logits_for(seed, 4)
-        expected = whole(logits).tolist()
-        assert part(logits[[2, 0]]).tolist() == [expected[2], expected[0]]
-    with pytest.raises(DanluError, match="regex: is not supported"):
-        Sampler([replace(params[0], regex="a")], [[0]], VOCAB)

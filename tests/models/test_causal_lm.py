@@ -95,16 +95,6 @@ def test_cache_equals_full_pass_with_left_padding() -> None:
         model(ids[:, :1], cache=cache)
 
 
-def test_cache_rows_can_be_dropped() -> None:
-    model = random_model(CONFIGS["grouped-query, tied"])
-    ids = random_ids(3, 12)
-    cache = KVCache(model.config, 3, 12)
-    model(ids[:, :8], cache=cache)
-    cache.select(torch.tensor([2, 0]))
-    kept = ids[[2, 0]]
-    torch.testing.assert_close(model(kept[:, 8:], cache=cache), model(kept)[:, 8:], atol=1e-5, rtol=0)
-
-
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     model = random_model(CONFIGS["grouped-query, tied"]).train()
     ids = random_ids(2, 16)

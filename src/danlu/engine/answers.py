@@ -43,7 +43,9 @@ class Answers:
 
     def stream_for(self, request: Request) -> TextStream | None:
         """Text of a new answer."""
-        return None if self.tokenizer is None else TextStream(self.tokenizer, request.params.stop)
+        if self.tokenizer is None:
+            return None
+        return TextStream(self.tokenizer, request.params.stop, begins_text=request.source is not None)
 
     def advance(self, plan: Plan, logits_rv: Tensor | None, hidden_rd: Tensor | None) -> None:
         """The step has been run: its logits and hidden states, in the order of the plan's pieces."""
@@ -159,7 +161,8 @@ class Answers:
             if sampled.logprobs is not None:
                 line.logprob += sampled.logprobs.logprob
             if token_id in line.sampler.stop_ids:
-                reason, line.stop_token = "stop", sampled
+                reason = "length" if line.sampler.forces_end(line.n_chosen) else "stop"
+                line.stop_token = sampled
                 break
             line.token_ids.append(token_id)
             if sampled.logprobs is not None:
@@ -232,7 +235,7 @@ class Answers:
         if completions is None:
             completions = [line.completion() for line in sorted(request.finished, key=lambda line: line.index)]
         embedding = request.pooled if error is None else None
-        return Generation(request.prompt_ids, completions, request.stats(), request.prompt_logprobs, error, embedding)
+        return Generation(request.asked_ids, completions, request.stats(), request.prompt_logprobs, error, embedding)
 
     def _end_request(self, request: Request, completions: list[Completion]) -> None:
         """Tell whole answers of which nothing was told before."""
@@ -323,7 +326,8 @@ class Answers:
                 text = "".join(map(stream.push, ids))
                 text += stream.finish()
                 stop_text = stream.stop_text
-            reason: FinishReason = "stop" if stopped or stop_text is not None else "length"
+            ended = stopped and not unit.sequences[0].sampler.forces_end(len(hypothesis.token_ids))
+            reason: FinishReason = "stop" if ended or stop_text is not None else "length"
             completions.append(Completion(text, ids, reason, stop_text=stop_text))
         self.scheduler.remove(unit)
         self._end_request(request, completions)

@@ -8,7 +8,6 @@ A request's answers depend on its prompt, parameters and seed alone, whatever el
 from __future__ import annotations
 
 import itertools
-import operator
 import secrets
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from danlu.config import validate
 from danlu.engine.answers import Answers
-from danlu.engine.batch import AdapterRunner, Runner
+from danlu.engine.batch import AdapterRunner, Runner, Source
 from danlu.engine.beam import Beams, BeamSearch
 from danlu.engine.blocks import BlockManager
 from danlu.engine.config import SamplingParams
@@ -31,13 +30,15 @@ from danlu.engine.grammar import Grammar
 from danlu.engine.kv_memory import blocks_that_fit, longest_that_fits, most_blocks, rope_key
 from danlu.engine.logit_rules import SequenceSampler
 from danlu.engine.native_runner import NativeRunner, weights_in_use
-from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, Unit, prompt_ids
+from danlu.engine.request import COUNTS, Event, Generation, Prompt, Request, Task, Unit, require_known, token_ids
 from danlu.engine.request import Sequence as Line
 from danlu.engine.runners import open_draft_model, open_runner
 from danlu.engine.scheduler import Plan, Scheduler, batch_of
-from danlu.engine.torch_runner import TorchRunner
+from danlu.engine.seq2seq import NO_DEMANDS, Seq2Seq
+from danlu.engine.torch_runner import TorchRunner, Writer
 from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
+from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class EngineStats:
 class Engine:
     """Answers requests. One thread may use it at a time.
 
+    An encoder-decoder reads a prompt with its encoder, and the answer is all that its decoder writes.
+
     Args:
         model: a model folder, a GGUF file or a name that `danlu pull` knows; a model in memory, whose weights are taken
             as they are now (:meth:`update`); or a runner.
@@ -80,18 +83,22 @@ class Engine:
 
     def __init__(
         self,
-        model: str | Path | CausalLM | Runner,
+        model: str | Path | Writer | Runner,
         config: EngineConfig = DEFAULTS,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         self.config = validate(config)
         self.runner, self.tokenizer = open_runner(model, self.config, tokenizer)
+        self._seq2seq = self._open_seq2seq()
         shape = self.runner.config
-        context = min(shape.context, self.config.context or shape.context)
+        if self._seq2seq is None:
+            context = min(shape.context, self.config.context or shape.context)
+        else:
+            context = self._seq2seq.context(self.config.context)
         n_blocks = blocks_that_fit(self.runner, self.config, context)
         self.runner.allocate(n_blocks, reserve=self.config.kv_reserve)
         self.max_len = longest_that_fits(self.runner, n_blocks, context)
-        """Tokens that prompt and answer can have together."""
+        """Tokens that prompt and answer can have together; of encoder-decoders, the start token and the answer."""
         blocks = BlockManager(
             self.runner.groups, n_blocks, self.runner.block_size, prefix_cache=self.config.prefix_cache
         )
@@ -108,6 +115,22 @@ class Engine:
         self._news: list[Event] = []  # of requests that were submitted one by one
         self._inboxes: dict[str, list[Event]] = {}  # of the others
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompts, and the answers continue nothing."""
+        return self._seq2seq is not None
+
+    def _open_seq2seq(self) -> Seq2Seq | None:
+        model = self.runner.model if isinstance(self.runner, TorchRunner) else None
+        if not isinstance(model, EncoderDecoder):
+            return None
+        if self.config.draft_model is not None:
+            raise DanluError(
+                "draft_model: would guess answers of an encoder-decoder without what its encoder read; "
+                "leave it out, or take draft=ngram"
+            )
+        return Seq2Seq.of(model)
+
     # ---------------------------------------------------------------------------------------------- requests
 
     def submit(
@@ -121,7 +144,7 @@ class Engine:
         """Queue a prompt; returns the id of the request, whose news come out of :meth:`step`.
 
         Args:
-            prompt: text (the start of a document) or token ids.
+            prompt: text (the start of a document; of encoder-decoders, what is to be answered) or token ids.
             adapter: one that :meth:`load_adapter` has loaded; None: the model as it is.
 
         Raises:
@@ -136,7 +159,7 @@ class Engine:
             raise DanluError("the engine is closed; open another")
         if request.id in self._answers.requests or request.id in self._inboxes:
             raise DanluError(f"request_id: {request.id!r} is running already; take another")
-        if request.salt != self._salt(request.adapter, request.max_len):
+        if request.salt != self._salt(request.adapter, request.max_len, request.source):
             raise DanluError(f"adapter: {request.adapter!r} was unloaded since the request was prepared")
         self._answers.add(request)
         return request.id
@@ -166,7 +189,13 @@ class Engine:
         if adapter is not None and adapter not in self._loads:
             known = ", ".join(self.adapters) or "none"
             raise DanluError(f"adapter: there is none of the name {adapter!r}; loaded: {known}")
-        ids = self._ids(prompt, which, room=task == "generate")
+        source: Source | None = None
+        if self._seq2seq is None:
+            ids = self._ids(prompt, which, room=task == "generate")
+        else:
+            self._seq2seq.require_answer(task, params)
+            source = self._seq2seq.source(token_ids(prompt, self.tokenizer, which, for_encoder=True), which)
+            ids = [self._seq2seq.start_id]
         if params.stop and self.tokenizer is None:
             raise DanluError("stop: texts end an answer only where there is a tokenizer; use stop_ids")
         seed = secrets.randbelow(2**63) if params.seed is None else params.seed
@@ -178,14 +207,15 @@ class Engine:
             task=task,
             seed=seed,
             max_len=max_len,
-            salt=self._salt(adapter, max_len),
+            salt=self._salt(adapter, max_len, source),
+            source=source,
             adapter=adapter,
             observes=(task == "embed" and pooling == "mean") or params.prompt_logprobs is not None,
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
         line = Line(request, 0, list(ids), self._answers.stream_for(request))
         if task == "generate":
-            line.sampler = self._sampler(params, ids, seed)
+            line.sampler = self._sampler(params, ids, seed, max_len - len(ids))
             if params.beams > 1:
                 self._require_room_for_beams(request)
                 beams = Beams(params.beams, params.length_penalty, params.early_stopping)
@@ -196,10 +226,11 @@ class Engine:
         request.units.append(line.unit)
         return request
 
-    def _salt(self, adapter: str | None, max_len: int) -> tuple[object, ...]:
+    def _salt(self, adapter: str | None, max_len: int, source: Source | None) -> tuple[object, ...]:
         """What is cached for a request depends on it: an adapter that is loaded again may be another."""
         load = None if adapter is None else self._loads.get(adapter)
-        return adapter, load, rope_key(self.runner.config, max_len)
+        read = None if source is None else source.ids_s.tobytes()
+        return adapter, load, rope_key(self.runner.config, max_len), read
 
     def _ids(self, prompt: Prompt, which: str, *, room: bool) -> list[int]:
         """The tokens of a prompt, all known to the model and not too many.
@@ -207,16 +238,8 @@ class Engine:
         Args:
             room: whether an answer must fit behind them.
         """
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise DanluError(f"{which}: is text, and the engine has no tokenizer; give token ids")
-            ids = prompt_ids(self.tokenizer, prompt)
-        else:
-            try:
-                ids = [operator.index(token_id) for token_id in prompt]
-            except TypeError:
-                raise DanluError(f"{which}: holds something that is no token id; expected whole numbers") from None
-        vocab_size, context = self.runner.config.vocab_size, self.runner.config.context
+        ids = token_ids(prompt, self.tokenizer, which)
+        context = self.runner.config.context
         if not ids:
             raise DanluError(f"{which}: is empty; start it with the tokenizer's bos_id")
         if len(ids) > context - room:
@@ -228,10 +251,7 @@ class Engine:
                 f"{which}: has {len(ids)} tokens, and {self.max_len} fit the cache, answer included; shorten it, or "
                 "raise kv_memory and context"
             )
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise DanluError(
-                f"{which}: has token ids outside the model's vocabulary of {vocab_size}; use the model's tokenizer"
-            )
+        require_known(ids, self.runner.config.vocab_size, which)
         return ids
 
     def _require_room_for_beams(self, request: Request) -> None:
@@ -250,7 +270,7 @@ class Engine:
                 "raise kv_memory, or lower beams or max_new_tokens"
             )
 
-    def _sampler(self, params: SamplingParams, ids: list[int], seed: int) -> SequenceSampler:
+    def _sampler(self, params: SamplingParams, ids: list[int], seed: int, limit: int) -> SequenceSampler:
         if params.best_of is not None and params.logprobs is None:
             params = replace(params, logprobs=0)  # the best are chosen by their log probabilities
         grammar: Grammar | None = None
@@ -259,7 +279,11 @@ class Engine:
             grammar, stop_ids = Grammar.compile(params, self.tokenizer), self.tokenizer.stop_ids
         elif params.structure is not None:
             raise DanluError(f"{params.structure}: there is no tokenizer to tell which tokens write it")
-        return SequenceSampler(params, ids, self.runner.config.vocab_size, stop_ids, seed, grammar, self.tokenizer)
+        vocab_size = self.runner.config.vocab_size
+        demands = NO_DEMANDS if self._seq2seq is None else self._seq2seq.demands
+        return SequenceSampler(
+            params, ids, vocab_size, stop_ids, seed, grammar, self.tokenizer, demands=demands, limit=limit
+        )
 
     def abort(self, request_id: str) -> None:
         """End a request at once, wherever it is; its last event says "abort". An unknown id is ignored: the request may
@@ -321,8 +345,11 @@ class Engine:
     def _draft(self, line: Line, k: int) -> Draft | None:
         """Guesses of what follows. Who fails to guess is ended after the step."""
         assert line.drafter is not None
+        known = line.token_ids
+        if self._seq2seq is not None and self._seq2seq.one_vocabulary:  # answers often copy from what was asked
+            known = [*line.request.asked_ids, *known]
         try:
-            return line.drafter.propose(line.token_ids, min(k, self.config.draft_tokens), line.sampler)
+            return line.drafter.propose(known, min(k, self.config.draft_tokens), line.sampler)
         except Exception as error:
             self._to_fail.append((line.request, error))
             return None
@@ -482,7 +509,7 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def update(self, model: CausalLM) -> None:
+    def update(self, model: Writer) -> None:
         """Take the model's weights as they are now: between the steps of a trainer that samples from it. What was
         cached for the old ones is forgotten.
 
@@ -492,6 +519,7 @@ class Engine:
         if self._answers.requests:
             raise DanluError("update: requests are running; let them end, or abort them, before the weights change")
         if isinstance(self.runner, NativeRunner):
+            assert isinstance(model, CausalLM)
             self.runner.update(weights_in_use(model))
         elif isinstance(self.runner, TorchRunner):
             self.runner.take(model)

@@ -23,7 +23,12 @@ class EngineConfig:
     step_tokens: int = option(
         512, "Tokens a step runs at most: less keeps running answers smoother, more reads prompts faster.", ge=1
     )
-    context: int | None = option(None, "Longest prompt and answer together; none: the model's.", unit="tokens", ge=2)
+    context: int | None = option(
+        None,
+        "Longest prompt and answer together, or answer of an encoder-decoder; none: the model's.",
+        unit="tokens",
+        ge=2,
+    )
     kv_memory: int | None = option(
         None, "Memory of the KV cache; none: kv_share of what there is, or less if that is enough.", unit="MiB", ge=1
     )

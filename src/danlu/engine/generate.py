@@ -11,8 +11,9 @@ from danlu.engine.config import SamplingParams
 from danlu.engine.engine import Engine
 from danlu.engine.engine_config import EngineConfig
 from danlu.engine.request import Completion, Event, FinishReason, Prompt, prompt_ids
+from danlu.engine.torch_runner import Writer
 from danlu.errors import DanluError
-from danlu.models.causal_lm import CausalLM
+from danlu.models.encoder_decoder import EncoderDecoder
 
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ STEP_TOKENS = 512  # bounds the memory that attention and activations take
 
 
 def generate_text(
-    model: CausalLM,
+    model: Writer,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
@@ -31,13 +32,13 @@ def generate_text(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Continue prompts, many at a time.
+    """Continue prompts, or answer them with an encoder-decoder, many at a time.
 
     A completion depends on its own prompt and parameters alone, seed included: prompts that share a seed share their
     draws, so give each a seed of its own where samples should be independent.
 
     Args:
-        prompts: texts (each the start of a document) or token ids.
+        prompts: texts (each the start of a document; of encoder-decoders, what is to be answered) or token ids.
         params: one for all, or one for each prompt.
         batch_size: answers that are written at the same time.
         progress: called with the number of prompts that have just been finished.
@@ -45,7 +46,7 @@ def generate_text(
     Raises:
         DanluError: a prompt does not fit the model, or parameters are out of bounds.
     """
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [_ids(model, tokenizer, prompt) for prompt in prompts]
     each = [validate(params)] * len(ids) if isinstance(params, SamplingParams) else [validate(p) for p in params]
     if any(p.n > 1 for p in each):
         raise DanluError("n: there is one answer to each prompt here; leave it out, or take danlu.engine.engine.Engine")
@@ -59,15 +60,15 @@ def generate_text(
     return [generation.completions[0] for generation in generations]
 
 
-def stream_text(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+def stream_text(model: Writer, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
     """Continue one prompt; yields text as soon as it is sure to be in the answer. Errors as :func:`generate_text`."""
-    for event in _stream(model, tokenizer, prompt_ids(tokenizer, prompt), params):
+    for event in _stream(model, tokenizer, _ids(model, tokenizer, prompt), params):
         if event.text:
             yield event.text
 
 
 def generate_tokens(
-    model: CausalLM, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int] = ()
+    model: Writer, prompt: Sequence[int], params: SamplingParams, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
     """Continue one prompt token by token, until a stop id (not yielded), `max_new_tokens` or the end of the context.
 
@@ -79,7 +80,13 @@ def generate_tokens(
         yield from event.token_ids
 
 
-def _stream(model: CausalLM, tokenizer: Tokenizer | None, ids: list[int], params: SamplingParams) -> Iterator[Event]:
+def _ids(model: Writer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str) and isinstance(model, EncoderDecoder):
+        return tokenizer.encode_for_encoder(prompt)[0]
+    return prompt_ids(tokenizer, prompt)
+
+
+def _stream(model: Writer, tokenizer: Tokenizer | None, ids: list[int], params: SamplingParams) -> Iterator[Event]:
     params = validate(params)
     if params.n > 1:
         raise DanluError("n: one answer is streamed; leave it out, or take danlu.engine.engine.Engine")
@@ -91,14 +98,15 @@ def _stream(model: CausalLM, tokenizer: Tokenizer | None, ids: list[int], params
 
 
 def _engine(
-    model: CausalLM,
+    model: Writer,
     tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     batch_size: int,
 ) -> Engine:
     """An engine with as large a cache as these prompts can use."""
-    longest = max(len(ids) + p.max_new_tokens for ids, p in zip(prompts, params, strict=False))
+    starts = [1 if isinstance(model, EncoderDecoder) else len(ids) for ids in prompts]
+    longest = max(n + p.max_new_tokens for n, p in zip(starts, params, strict=False))
     answers = sum(p.best_of or p.beams for p in params)
     running = max(min(batch_size, answers), *(p.beams for p in params))
     config = EngineConfig(max_running=running, step_tokens=max(STEP_TOKENS, running), context=longest)

@@ -1,12 +1,13 @@
 """Everything of one sequence that changes its logits, with its state, and the next tokens of a batch of sequences.
 
 bias -> penalties -> bars -> grammar      (here)      -> temperature -> filters -> draw      (sampling.py)
+
+A token that the model itself forces, as some encoder-decoders do, comes before all of these.
 """
 
 from __future__ import annotations
 
 import copy
-import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,17 +32,11 @@ from danlu.engine.sampling import (
     sanitize,
     truncate,
 )
+from danlu.engine.seq2seq import NO_DEMANDS, Demands, repeating
 from danlu.errors import DanluError
 
 if TYPE_CHECKING:
     from danlu.tokenizer.tokenizer import Tokenizer
-
-
-ONLY_IN_ENGINE = (
-    "n", "best_of", "beams", "logprobs", "logprobs_temperature", "prompt_logprobs", "banned_strings", "json_schema",
-    "regex", "choice", "grammar", "min_new_tokens", "ignore_eos", "stop_ids",
-)  # fmt: skip
-"""Options that need more than the logits of a row."""
 
 
 class SequenceSampler:
@@ -52,6 +47,8 @@ class SequenceSampler:
         seed: of this sequence's draws; ``params.seed`` is not read.
         grammar: this sequence's own, see :meth:`Grammar.compile`.
         tokenizer: only ``banned_strings`` need it.
+        demands: what the model asks of every answer.
+        limit: tokens that the answer may have; only demands need it.
 
     Attributes:
         stop_ids: tokens that end this sequence: the model's, unless they are ignored, and those of ``params``.
@@ -71,6 +68,8 @@ class SequenceSampler:
         seed: int,
         grammar: Grammar | None = None,
         tokenizer: Tokenizer | None = None,
+        demands: Demands = NO_DEMANDS,
+        limit: int | None = None,
     ) -> None:
         _require_ids(params, vocab_size)
         own = [i for i in stop_ids if i < vocab_size] if not params.ignore_eos else []
@@ -79,6 +78,10 @@ class SequenceSampler:
         self.generator = torch.Generator().manual_seed(seed)
         self.grammar = grammar
         self.n_accepted = 0
+        self._demands, self._limit = demands, limit
+        self._least = max(params.min_new_tokens, demands.least)
+        self._ruled_until = max(self._least, 1 if demands.first else 0)  # so many tokens at the start have a rule
+        self._read = list(prompt_ids) if demands.no_repeat_ngram else []  # all that the next token follows
         self._stop_ids = _ids(self.stop_ids)
         self._bias_ids, self._biases = _ids(params.logit_bias), np.array([*params.logit_bias.values()], np.float32)
         self._barred = _barred(params, self.stop_ids, vocab_size)
@@ -97,6 +100,8 @@ class SequenceSampler:
             or len(self._barred)
             or self._banned is not None
             or grammar is not None
+            or demands.no_repeat_ngram
+            or demands.last
         )
 
     @property
@@ -106,12 +111,21 @@ class SequenceSampler:
     @property
     def rules(self) -> bool:
         """Whether the logits of the next token are changed before the temperature."""
-        return self._always_rules or self.n_accepted < self.params.min_new_tokens
+        return self._always_rules or self.n_accepted < self._ruled_until
 
     @property
     def finished(self) -> bool:
         """The grammar admits nothing more: the answer is complete."""
         return self.grammar is not None and self.grammar.finished
+
+    @property
+    def _forced(self) -> tuple[int, ...]:
+        """One of these comes next, whatever the request says; empty: nothing is forced."""
+        return self._demands.forced(self.n_accepted, self._limit)
+
+    def forces_end(self, n_tokens: int) -> bool:
+        """Whether an answer of so many tokens has a last one that was forced, because there was room for no more."""
+        return bool(self._demands.last) and n_tokens == self._limit
 
     def apply(self, row: Row) -> None:
         """Change logits, (vocab,), in place; what is barred becomes -inf.
@@ -120,6 +134,10 @@ class SequenceSampler:
             DanluError: no token is left, or the grammar became too complex to follow.
         """
         params = self.params
+        if forced := self._forced:
+            row.fill(-np.inf)
+            row[list(forced)] = 0
+            return
         row[self._bias_ids] += self._biases
         if params.repetition_penalty != 1:
             penalise_repetition(row, np.union1d(self._prompt_ids, _ids(self._counts)), params.repetition_penalty)
@@ -133,7 +151,9 @@ class SequenceSampler:
                 count=params.count_penalty,
             )
         row[self._barred] = -np.inf
-        if self.n_accepted < params.min_new_tokens:
+        if self._demands.no_repeat_ngram:
+            row[repeating(self._read, self._demands.no_repeat_ngram)] = -np.inf
+        if self.n_accepted < self._least:
             row[self._stop_ids] = -np.inf
         if self._banned is not None:
             ids = self._banned.completing()
@@ -149,19 +169,22 @@ class SequenceSampler:
         Raises:
             DanluError: the grammar does not admit it.
         """
+        forced = self._forced
         self.n_accepted += 1
+        if self._demands.no_repeat_ngram:
+            self._read.append(token_id)
         if self._penalises_counts or self.params.repetition_penalty != 1:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
         if self._banned is not None:
             self._banned.accept(token_id)
-        if self.grammar is not None and token_id not in self.stop_ids:
+        if self.grammar is not None and token_id not in self.stop_ids and not forced:
             self.grammar.accept(token_id)
 
     def fork(self, seed: int) -> SequenceSampler:
         """Another sequence with the same past and draws of its own."""
         other = copy.copy(self)
         other.generator = torch.Generator().manual_seed(seed)
-        other._counts = dict(self._counts)
+        other._counts, other._read = dict(self._counts), list(self._read)
         other._banned = None if self._banned is None else self._banned.fork()
         other.grammar = None if self.grammar is None else self.grammar.fork()
         return other
@@ -225,41 +248,6 @@ def rows_logprobs(logits_rv: Tensor, samplers: Sequence[SequenceSampler]) -> Ten
             row[kept.ids] = kept.logits
         logprobs.append(torch.from_numpy(row).log_softmax(dim=-1))
     return torch.stack(logprobs).to(logits_rv.device)
-
-
-class Sampler:
-    """The samplers of a batch whose rows leave it as they end, for runs without the engine.
-
-    Args:
-        params: one for each row.
-        prompts: the prompt's token ids of each row.
-        vocab_size: width of the logits.
-
-    Raises:
-        DanluError: ``params`` ask for what only the engine does.
-    """
-
-    def __init__(self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        plain = SamplingParams()
-        for one in params:
-            asked = next((name for name in ONLY_IN_ENGINE if getattr(one, name) != getattr(plain, name)), None)
-            if asked is not None:
-                raise DanluError(f"{asked}: is not supported by models of this kind; leave it out")
-        self._samplers = [
-            SequenceSampler(one, prompt, vocab_size, (), secrets.randbits(63) if one.seed is None else one.seed)
-            for one, prompt in zip(params, prompts, strict=True)
-        ]
-
-    def __call__(self, logits_bv: Tensor) -> Tensor:
-        """The next token of each row, (batch,)."""
-        ids = [sampled.token_id for sampled in sample_rows(logits_bv, self._samplers)]
-        for sampler, token_id in zip(self._samplers, ids, strict=True):
-            sampler.accept(token_id)
-        return torch.tensor(ids, device=logits_bv.device)
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order."""
-        self._samplers = [self._samplers[row] for row in rows]
 
 
 def _plainly_greedy(sampler: SequenceSampler) -> bool:

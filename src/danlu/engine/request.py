@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Hashable
 from collections.abc import Sequence as Items
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from danlu.engine.batch import Source
 from danlu.engine.blocks import BlockTable
 from danlu.engine.config import SamplingParams
 from danlu.engine.text_stream import TextStream
+from danlu.errors import DanluError
 
 if TYPE_CHECKING:
     from danlu.engine.beam import BeamSearch
@@ -55,6 +58,7 @@ class RequestStats:
     """What a request cost. Seconds count from its submission; None: it never came so far.
 
     Attributes:
+        prompt_tokens: an encoder-decoder's are those of its source.
         cached_tokens: tokens of the prompt that were in the cache when it was first begun.
         new_tokens: tokens of all its sequences, stop tokens included.
         preemptions: how often one of its sequences had to give up its blocks and was computed again.
@@ -77,6 +81,7 @@ class Generation:
     """All answers to one prompt: `n` of them, the best first where `best_of` or `beams` chose among more.
 
     Attributes:
+        prompt_ids: of the prompt as it was given, also where the encoder has read it.
         prompt_logprobs: an entry for each token of the prompt, None for the first, where they were asked for.
         embedding: (dim,) fp32, of a text that was to be embedded.
         error: why the answers end with "error".
@@ -173,6 +178,8 @@ class Request:
     """What was submitted, and how far it has come.
 
     Attributes:
+        prompt_ids: what its sequences begin with; of an encoder-decoder, the decoder's start token.
+        source: what the encoder reads, of encoder-decoders only: the prompt as it was given.
         max_len: tokens that a sequence may grow to, the prompt included.
         salt: what its cache depends on beside the tokens.
         observes: whether all positions of the prompt are looked at, not only the last: for log probabilities or a mean.
@@ -188,6 +195,7 @@ class Request:
     seed: int
     max_len: int
     salt: Hashable
+    source: Source | None = None
     adapter: str | None = None
     observes: bool = False
     observed: int = 0
@@ -204,6 +212,11 @@ class Request:
     submitted_at: float = field(default_factory=time.perf_counter)
     begun_at: float | None = None
     first_token_at: float | None = None
+
+    @property
+    def asked_ids(self) -> list[int]:
+        """The prompt as it was given."""
+        return self.prompt_ids if self.source is None else self.source.ids_s.tolist()
 
     @property
     def width(self) -> int:
@@ -227,7 +240,7 @@ class Request:
     def counts(self) -> dict[str, int]:
         """What it has cost so far."""
         return {
-            "prompt_tokens": len(self.prompt_ids),
+            "prompt_tokens": len(self.prompt_ids if self.source is None else self.source.ids_s),
             "cached_tokens": self.cached_tokens or 0,
             "new_tokens": self.new_tokens,
             "preemptions": self.preemptions,
@@ -255,3 +268,30 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
         return list(prompt)
     ids = tokenizer.encode(prompt)
     return [tokenizer.bos_id, *ids] if tokenizer.add_bos or not ids else ids
+
+
+def token_ids(prompt: Prompt, tokenizer: Tokenizer | None, which: str, *, for_encoder: bool = False) -> list[int]:
+    """As :func:`prompt_ids`; for an encoder, text with all the special tokens that the family puts round it.
+
+    Args:
+        which: the prompt's name in errors.
+
+    Raises:
+        DanluError: it is text and there is no tokenizer, or no tokens at all.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise DanluError(f"{which}: is text, and the engine has no tokenizer; give token ids")
+        return tokenizer.encode_for_encoder(prompt)[0] if for_encoder else prompt_ids(tokenizer, prompt)
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError:
+        raise DanluError(f"{which}: holds something that is no token id; expected whole numbers") from None
+
+
+def require_known(ids: Items[int], vocab_size: int, which: str) -> None:
+    """Raises DanluError where the model has no such tokens."""
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise DanluError(
+            f"{which}: has token ids outside the model's vocabulary of {vocab_size}; use the model's tokenizer"
+        )

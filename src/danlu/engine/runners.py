@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
-from danlu.adapters.open import open_adapted
+from danlu.adapters.open import base_of, open_adapted
 from danlu.adapters.peft_config import is_adapter_folder
 from danlu.adapters.wrapper import wrappers
 from danlu.engine.batch import Runner
 from danlu.engine.drafts import DraftModel
 from danlu.engine.engine_config import EngineConfig
 from danlu.engine.native_runner import NativeRunner, why_not
-from danlu.engine.torch_runner import TorchRunner
+from danlu.engine.torch_runner import TorchRunner, Writer
 from danlu.errors import DanluError
 from danlu.hardware import DTYPES, pick_device, pick_precision
 from danlu.hub.pull import model_path
 from danlu.models.causal_lm import CausalLM
-from danlu.models.load import load_model, read_config
+from danlu.models.encoder_decoder import EncoderDecoder
+from danlu.models.load import load_model, read_config, tasks_of
 from danlu.tokenizer.tokenizer import Tokenizer
+
+W = TypeVar("W", bound=Writer)
 
 
 def open_runner(
-    model: str | Path | CausalLM | Runner, config: EngineConfig, tokenizer: Tokenizer | None
+    model: str | Path | Writer | Runner, config: EngineConfig, tokenizer: Tokenizer | None
 ) -> tuple[Runner, Tokenizer | None]:
     """What runs a model, and its tokenizer where there is one.
 
@@ -40,14 +43,14 @@ def open_runner(
         if is_adapter_folder(path):
             merged, own = _load_adapted(path, config)
             return _native(merged, config) or _on_torch(merged, config), tokenizer or own
-        runner = _native(path, config) or _on_torch(_load(path, config), config)
+        runner = _native(path, config) or _on_torch(_load(path, _kind_of(path), config), config)
         return runner, tokenizer or Tokenizer.load(path)
-    if isinstance(model, CausalLM):
+    if isinstance(model, CausalLM | EncoderDecoder):
         return _native(model, config) or _on_torch(model, config), tokenizer
     return model, tokenizer
 
 
-def _native(model: Path | CausalLM, config: EngineConfig) -> NativeRunner | None:
+def _native(model: Path | Writer, config: EngineConfig) -> NativeRunner | None:
     """The native kernels, where they are wanted and cover the model.
 
     With ``precision=auto`` the weights of a file stay as they are stored, packed ones too.
@@ -66,16 +69,21 @@ def _native(model: Path | CausalLM, config: EngineConfig) -> NativeRunner | None
     options = {"kv_dtype": config.kv_dtype, "weight_dtype": weight_dtype, "threads": config.threads}
     if isinstance(model, Path) and config.precision == "auto":
         return NativeRunner.open(model, **options)
-    return NativeRunner.of(_load(model, config) if isinstance(model, Path) else model, **options)
+    if isinstance(model, Path):
+        model = _load(model, CausalLM, config)
+    assert isinstance(model, CausalLM)
+    return NativeRunner.of(model, **options)
 
 
-def _why_not_native(model: Path | CausalLM, config: EngineConfig, device: torch.device) -> str | None:
+def _why_not_native(model: Path | Writer, config: EngineConfig, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the model runs on {device}"
     if config.block_size != NativeRunner.block_size:
         return f"blocks are of {NativeRunner.block_size} tokens, not {config.block_size}"
     if config.kv_dtype == "fp16":
         return "there is no cache in fp16; choose bf16"
+    if isinstance(model, EncoderDecoder) or (isinstance(model, Path) and _kind_of(model) is EncoderDecoder):
+        return "it is an encoder-decoder"
     if isinstance(model, Path):
         return why_not(read_config(model))
     stored = model.embed.weight.dtype
@@ -89,22 +97,27 @@ def _why_not_native(model: Path | CausalLM, config: EngineConfig, device: torch.
     return why_not(model.config)
 
 
-def _on_torch(model: CausalLM, config: EngineConfig) -> TorchRunner:
+def _on_torch(model: Writer, config: EngineConfig) -> TorchRunner:
     kv_dtype: torch.dtype | Literal["int8"] | None = None
     if config.kv_dtype != "auto":
         kv_dtype = "int8" if config.kv_dtype == "int8" else DTYPES[config.kv_dtype]
     return TorchRunner(model, block_size=config.block_size, kv_dtype=kv_dtype)
 
 
-def _load(path: Path, config: EngineConfig) -> CausalLM:
+def _kind_of(path: Path) -> type[Writer]:
+    return EncoderDecoder if "seq2seq" in tasks_of(path) else CausalLM
+
+
+def _load(path: Path, kind: type[W], config: EngineConfig) -> W:
     device = pick_device(config.device)
-    model: CausalLM = load_model(path, CausalLM, device=device, dtype=DTYPES[pick_precision(config.precision, device)])
+    model: W = load_model(path, kind, device=device, dtype=DTYPES[pick_precision(config.precision, device)])
     return model
 
 
-def _load_adapted(path: Path, config: EngineConfig) -> tuple[CausalLM, Tokenizer]:
+def _load_adapted(path: Path, config: EngineConfig) -> tuple[Writer, Tokenizer]:
     device = pick_device(config.device)
-    return open_adapted(path, device=device, dtype=DTYPES[pick_precision(config.precision, device)], merged=True)
+    dtype = DTYPES[pick_precision(config.precision, device)]
+    return open_adapted(path, _kind_of(base_of(path)), device=device, dtype=dtype, merged=True)
 
 
 def open_draft_model(config: EngineConfig, tokenizer: Tokenizer | None, vocab_size: int) -> DraftModel | None:
@@ -117,4 +130,5 @@ def open_draft_model(config: EngineConfig, tokenizer: Tokenizer | None, vocab_si
         return None
     if tokenizer is None:
         raise DanluError("draft_model: needs the tokenizer of the model that answers, to compare it with its own")
-    return DraftModel(_load(config.draft_model, config), Tokenizer.load(config.draft_model), tokenizer, vocab_size)
+    model = _load(config.draft_model, CausalLM, config)
+    return DraftModel(model, Tokenizer.load(config.draft_model), tokenizer, vocab_size)

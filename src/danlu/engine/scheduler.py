@@ -3,6 +3,7 @@ arXiv:2308.16369).
 
 Every answer that is being written gets its next token; what is left of the step's budget of tokens goes to prompts, in
 the order in which they came, in pieces. So a long prompt holds up the others by no more than one step of that budget.
+(An encoder reads a source whole, and at once; no more begins in that step once the budget is spent.)
 When blocks run out, what came last gives its blocks up and waits in front; it is computed again from what is left of it
 in the prefix cache.
 """
@@ -139,9 +140,11 @@ class Scheduler:
             budget -= taken or 0
         while self.waiting and budget > 0 and not blocked and not prompts:
             unit = next(iter(self.waiting))
+            source = unit.request.source if unit.request.begun_at is None else None  # it is encoded once
             if not self._admit(unit):
                 break
             budget -= self._add_prompt(unit, budget, plan) or 0
+            budget -= 0 if source is None else len(source.ids_s)
         return plan
 
     def _extend(self, unit: Unit, copies: Copies) -> bool:
@@ -305,4 +308,5 @@ def batch_of(pieces: Items[Piece]) -> Batch:
         np.array([piece.sequence.request.max_len for piece in pieces], dtype=np.int32),
         prompt_from,
         tuple(piece.sequence.request.adapter for piece in pieces),
+        tuple(source for piece in pieces if (source := piece.sequence.request.source) is not None),
     )

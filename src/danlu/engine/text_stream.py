@@ -17,10 +17,13 @@ class TextStream:
     turn out to be the start of a stop string. The text does not depend on how it is cut into tokens: it ends before the
     stop string that is complete first (of several that end at the same place: the longest). Special tokens are left
     out, but for those that structure an answer (thinking, tool calls), as in :meth:`Tokenizer.decode`.
+
+    Args:
+        begins_text: the tokens continue nothing: a space that the tokenizer puts in front of a text is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, begins_text: bool = False) -> None:
+        self._tokenizer, self._stop, self._at_begin = tokenizer, stop, begins_text
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._held = ""
         self.stop_text: str | None = None
@@ -35,7 +38,12 @@ class TextStream:
         """Add a token; returns the text that is now certain (often empty)."""
         if self._tokenizer.is_special(token_id):
             return ""
-        return self.push_bytes(self._tokenizer.decode_bytes([token_id]))
+        data = self._tokenizer.decode_bytes([token_id])
+        if self._at_begin:
+            self._at_begin = False
+            if data.startswith(b" ") and not self._tokenizer.decode([token_id]).startswith(" "):
+                data = data[1:]
+        return self.push_bytes(data)
 
     def push_bytes(self, data: bytes) -> str:
         """Add the bytes of a token."""

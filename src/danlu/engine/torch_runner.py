@@ -22,6 +22,8 @@ from danlu.models.causal_lm import CausalLM
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.nn.paged import PagedKV, PagedStep
 
+Writer = CausalLM | EncoderDecoder
+
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
@@ -48,7 +50,7 @@ class TorchRunner:
 
     def __init__(
         self,
-        model: CausalLM | EncoderDecoder,
+        model: Writer,
         *,
         block_size: int = 16,
         kv_dtype: torch.dtype | Literal["int8"] | None = None,
@@ -69,7 +71,7 @@ class TorchRunner:
         self.groups, self.block_size = kv_groups(self.config), block_size
         self._kv = PagedKV(self.config, [group.layers for group in self.groups], block_size, dtype, self.device)
 
-    def take(self, model: CausalLM | EncoderDecoder) -> None:
+    def take(self, model: Writer) -> None:
         """Run this model, of the same shape, from now on."""
         self.model = model
         self._stack = model.decoder if isinstance(model, EncoderDecoder) else model

@@ -5,27 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from danlu import console
-from danlu.adapters.open import base_of, open_adapted
+from danlu.adapters.open import open_adapted
 from danlu.adapters.peft_config import is_adapter_folder
 from danlu.config import validate
-from danlu.engine.beam import Beams
 from danlu.engine.config import SamplingParams
 from danlu.engine.engine import Engine
-from danlu.engine.request import Completion, Generation
-from danlu.engine.seq2seq import generate_seq2seq
+from danlu.engine.request import Generation
 from danlu.engine.verbs_config import ChatConfig, GenerateConfig
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
 from danlu.hardware import DTYPES, pick_device, pick_precision
 from danlu.hub.pull import model_path
-from danlu.models.encoder_decoder import EncoderDecoder
-from danlu.models.load import Model, load_model, tasks_of
+from danlu.models.load import Model, load_model
 from danlu.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, str]
@@ -67,52 +63,31 @@ def generate(config: GenerateConfig) -> list[str]:
     params = [_with_own_seed(config, i) for i in range(len(prompts))]
     path = model_path(config.model)
     _require_model(path)
-    streamed = not config.json and config.prompts_file is None and config.n == 1
-    if "seq2seq" in tasks_of(base_of(path) if is_adapter_folder(path) else path):
-        answers = _rewrite(path, config, prompts, params, streamed)
-    else:
-        with Engine(path, config) as engine:
-            if streamed:
-                pieces = []
-                for event in engine.stream(prompts[0], config):
-                    pieces.append(event.text)
-                    _show(event.text)
-                    _raise_if_failed(event.generation)
-                _show("\n")
-                return ["".join(pieces)]
-            with console.progress("generating", len(prompts), "prompts") as advance:
-                generations = engine.generate(prompts, params, progress=advance)
-            for generation in generations:
-                _raise_if_failed(generation)
-            answers = [generation.completions for generation in generations]
-    if not streamed:
-        for prompt, completions in zip(prompts, answers, strict=True):
-            for completion in completions:
-                row = {"prompt": prompt, **dataclasses.asdict(completion)}
-                if row["logprobs"] is None:
-                    del row["logprobs"]
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-    return [completion.text for completions in answers for completion in completions]
+    with Engine(path, config) as engine:
+        if not config.json and config.prompts_file is None and config.n == 1:
+            pieces = []
+            for event in engine.stream(prompts[0], config):
+                pieces.append(event.text)
+                _show(event.text)
+                _raise_if_failed(event.generation)
+            _show("\n")
+            return ["".join(pieces)]
+        with console.progress("generating", len(prompts), "prompts") as advance:
+            generations = engine.generate(prompts, params, progress=advance)
+    for generation in generations:
+        _raise_if_failed(generation)
+    for prompt, generation in zip(prompts, generations, strict=True):
+        for completion in generation.completions:
+            row = {"prompt": prompt, **dataclasses.asdict(completion)}
+            if row["logprobs"] is None:
+                del row["logprobs"]
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+    return [completion.text for generation in generations for completion in generation.completions]
 
 
 def _raise_if_failed(generation: Generation | None) -> None:
     if generation is not None and generation.error is not None:
         raise DanluError(generation.error)
-
-
-def _rewrite(
-    path: Path, config: GenerateConfig, prompts: list[str], params: Sequence[SamplingParams], streamed: bool
-) -> list[list[Completion]]:
-    """The answers of an encoder-decoder."""
-    model, tokenizer = open_model(path, config.device, config.precision, EncoderDecoder)
-    beams = Beams(config.beams, config.length_penalty, config.early_stopping)
-    with console.progress("generating", len(prompts), "prompts") if not streamed else nullcontext() as advance:
-        found = generate_seq2seq(
-            model, tokenizer, prompts, params, beams=beams, batch_size=config.max_running, progress=advance
-        )
-    if streamed:
-        _show(found[0].text + "\n")
-    return [[completion] for completion in found]
 
 
 def _read_prompts(config: GenerateConfig) -> list[str]:

@@ -35,11 +35,6 @@ class Memory:
     keys_values: list[tuple[Tensor, Tensor]]
     real_bs: Tensor | None = None
 
-    def select(self, rows: Tensor) -> Memory:
-        """These rows of the batch, in this order; a row may be taken more than once."""
-        real_bs = None if self.real_bs is None else self.real_bs[rows]
-        return Memory([(keys[rows], values[rows]) for keys, values in self.keys_values], real_bs)
-
 
 class Transformer(nn.Module):
     """Token ids to hidden states.

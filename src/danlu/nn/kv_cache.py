@@ -76,9 +76,3 @@ class KVCache:
         if not bool(self.left_pad_b.any()):
             return None
         return torch.arange(self.length + n_new, device=self.left_pad_b.device) >= self.left_pad_b[:, None]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in this order."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-        self.left_pad_b = self.left_pad_b[rows]

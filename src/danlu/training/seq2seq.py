@@ -12,7 +12,7 @@ from danlu import console
 from danlu.data.labelled import Columns, PairRow, pair_rows, read_split
 from danlu.data.padded import Example, PaddedBatch, batches_by_length
 from danlu.engine.config import SamplingParams
-from danlu.engine.seq2seq import generate_seq2seq
+from danlu.engine.generate import generate_text
 from danlu.errors import DanluError
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.load import load_model
@@ -129,7 +129,7 @@ def _report(
     if asked:
         params = SamplingParams(temperature=0, max_new_tokens=config.target_len)
         with console.progress("answering held-out rows", len(asked), "rows") as advance:
-            answers = generate_seq2seq(model, tokenizer, sources, params, progress=advance)
+            answers = generate_text(model, tokenizer, sources, params, progress=advance)
         right = [answer.text.strip() == row.target.strip() for answer, row in zip(answers, asked, strict=True)]
         scores["exact_match"] = sum(right) / len(asked)
         copied = sum(row.source.strip() == row.target.strip() for row in asked) / len(asked)

@@ -57,7 +57,9 @@ class GeneratorWorker:
         self.engine = Engine(path, config)
         assert self.engine.tokenizer is not None
         self.tokenizer: Tokenizer = self.engine.tokenizer
-        self._readers: dict[str | None, PromptReader] = {None: PromptReader(self.tokenizer)}
+        self._readers: dict[str | None, PromptReader] = {
+            None: PromptReader(self.tokenizer, for_encoder=self.engine.has_encoder)
+        }
         self.info = _info(name, self.engine, self._readers[None])
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._preparing = ThreadPoolExecutor(2, "prepare")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-from danlu.engine.request import prompt_ids
+from danlu.engine.request import token_ids
 from danlu.errors import DanluError
 from danlu.server.protocol import ChatPrompt, Prompt, TextPrompt
 from danlu.tokenizer.special import FIM
@@ -21,19 +21,24 @@ NORMALIZED = 4
 class PromptReader:
     """Reads prompts for one model; any thread may use it.
 
+    Args:
+        for_encoder: the model is an encoder-decoder, which answers texts and knows no chats.
+
     Attributes:
         tokenizer: the model's, or with the chat template of an adapter.
         template: source of the chat template; empty where there is none.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, for_encoder: bool = False) -> None:
+        self.tokenizer, self._for_encoder = tokenizer, for_encoder
         self._longest_token = int(tokenizer.token_bytes().max())
-        self.template = str(tokenizer.config.get("chat_template") or "")
+        self.template = "" if for_encoder else str(tokenizer.config.get("chat_template") or "")
 
     @cached_property
     def gap_tokens(self) -> tuple[str, ...] | None:
         """The tokens by which a gap is filled, if the tokenizer has them."""
+        if self._for_encoder:
+            return None
         for tokens in GAP_TOKENS:
             try:
                 if all(self.tokenizer.is_special(self.tokenizer.id_of(token)) for token in tokens):
@@ -86,10 +91,10 @@ class PromptReader:
         if not prompt.special_tokens:
             return self.tokenizer.encode(prompt.text)
         if prompt.suffix is None:
-            return prompt_ids(self.tokenizer, prompt.text)
+            return token_ids(prompt.text, self.tokenizer, "the prompt", for_encoder=self._for_encoder)
         tokens = self.gap_tokens
         if tokens is None:
-            raise DanluError("suffix: this model's tokenizer has no tokens for filling a gap; leave it out")
+            raise DanluError("suffix: this model has no tokens for filling a gap; leave it out")
         prefix, middle, suffix = map(self.tokenizer.id_of, tokens)
         begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos else []
         encode = self.tokenizer.encode
