@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from danlu.errors import DanluError
+from danlu.formats.gguf_blocks import dequantize, quantize
 from danlu.models.causal_lm import CausalLM
 from danlu.models.heads import MaskedLM
 from danlu.models.load import load_model, save_model
@@ -21,10 +22,17 @@ from danlu.nn.config import Experts, ModelConfig, Rope
 from danlu.nn.linear import Head, Linear
 from danlu.quantization.packed_linear import PackedLinear, dequantize_linears, quantize_linears
 
+IN, KINDS = 96, ("NF4", "Q4_0", "Q4_1")
 
-def make_linear(bias: bool = True) -> Linear:
+
+def make_linear(bias: bool = True, kind: str = "NF4") -> Linear:
+    """One that is packed in this type."""
     torch.manual_seed(0)
-    return Linear(70, 33, bias=bias)
+    linear = Linear(IN, 33, bias=bias)
+    if kind != "NF4":
+        with torch.no_grad():
+            linear.weight.copy_(dequantize(quantize(linear.weight, kind), kind, (33, IN)))
+    return linear
 
 
 def make_model(**changes: Any) -> CausalLM:
@@ -50,9 +58,11 @@ def output_and_gradients(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_output_and_gradient_are_those_of_the_dequantized_layer(dtype: torch.dtype, bias: bool) -> None:
-    layer = PackedLinear.from_linear(make_linear(bias))
-    x = torch.randn(2, 5, 70, dtype=dtype)
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradient_are_those_of_the_dequantized_layer(dtype: torch.dtype, bias: bool, kind: str) -> None:
+    layer = PackedLinear.from_linear(make_linear(bias, kind))
+    assert layer.kind == kind
+    x = torch.randn(2, 5, IN, dtype=dtype)
     found, expected = output_and_gradients(layer, x), output_and_gradients(layer.to_linear(), x)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -70,7 +80,7 @@ def test_weight_is_frozen_and_near_the_original() -> None:
 def test_a_bias_can_be_trained() -> None:
     layer = PackedLinear.from_linear(make_linear())
     plain = layer.to_linear()
-    x = torch.randn(2, 5, 70)
+    x = torch.randn(2, 5, IN)
     for module in (layer, plain):
         module.bias.requires_grad_()
         module(x).square().sum().backward()
@@ -86,15 +96,15 @@ def test_nothing_is_kept_for_the_backward_pass() -> None:
     ):
         sizes: list[int] = []
         with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            layer(torch.randn(2, 5, 70, dtype=torch.bfloat16, requires_grad=True))
+            layer(torch.randn(2, 5, IN, dtype=torch.bfloat16, requires_grad=True))
         kept[name] = sum(sizes)
-    assert kept == {"packed": 0, "plain": 70 * 33}
+    assert kept == {"packed": 0, "plain": IN * 33}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_under_gradient_checkpointing(reentrant: bool) -> None:
     network = nn.Sequential(PackedLinear.from_linear(make_linear()), nn.Tanh())
-    x = torch.randn(4, 70)
+    x = torch.randn(4, IN)
     expected = output_and_gradients(network, x)
     found = output_and_gradients(_Checkpointed(network, reentrant), x)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -112,12 +122,21 @@ class _Checkpointed(nn.Module):
 @pytest.mark.parametrize("double", [False, True])
 def test_state_comes_back(double: bool) -> None:
     layer = PackedLinear.from_linear(make_linear(), double=double)
-    other = PackedLinear.from_linear(Linear(70, 33), double=double)
+    other = PackedLinear.from_linear(Linear(IN, 33), double=double)
     other.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 70)
+    x = torch.randn(3, IN)
     assert torch.equal(other(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     assert set(layer.state_dict()) == {"codes", "absmax", "bias"} | ({"steps", "mean"} if double else set())
+
+
+def test_state_of_a_files_blocks_comes_back() -> None:
+    layer, other = (PackedLinear.from_linear(make_linear(kind="Q4_1")) for _ in range(2))
+    other.data.zero_()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.to_linear().weight, layer.to_linear().weight)
+    assert set(layer.to(torch.bfloat16).state_dict()) == {"data", "bias"}
+    assert torch.equal(other.to_linear().weight, layer.to_linear().weight)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -132,10 +151,11 @@ def test_a_cast_leaves_the_weight_as_it_is(double: bool) -> None:
     assert all(part.device.type == "meta" for part in moved.state_dict().values())
 
 
-def test_a_graph_of_it_is_whole() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_of_it_is_whole(kind: str) -> None:
     """`torch.compile` breaks nowhere, and what it traced is the same."""
-    layer = PackedLinear.from_linear(make_linear())
-    x = torch.randn(4, 70)
+    layer = PackedLinear.from_linear(make_linear(kind=kind))
+    x = torch.randn(4, IN)
     expected = output_and_gradients(layer, x)
     found = output_and_gradients(torch.compile(layer, backend="aot_eager", fullgraph=True), x)  # type: ignore[arg-type]
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
