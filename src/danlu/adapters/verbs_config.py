@@ -13,7 +13,7 @@ from danlu.config import REQUIRED, option
 class MergeConfig:
     """What `danlu merge` takes."""
 
-    base: Path = option(REQUIRED, "Model folder or GGUF file that the adapter is for.", positional=True)
+    base: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2) that the adapter is for.", positional=True)
     adapter: Path = option(REQUIRED, "Adapter folder in PEFT's layout.", positional=True)
     out: Path = option(REQUIRED, "Model folder to write.", affects_result=False)
     dtype: Literal["keep", "f32", "f16", "bf16"] = option(

@@ -22,6 +22,7 @@ from danlu.engine.classify_config import ClassifyConfig
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
 from danlu.hardware import DTYPES, pick_device, pick_precision
+from danlu.hub.pull import with_models
 from danlu.models.family import family_for
 from danlu.models.heads import SequenceClassifier, TokenClassifier
 from danlu.models.load import load_model
@@ -60,7 +61,7 @@ def classify(config: ClassifyConfig) -> list[dict[str, Any]]:
     Raises:
         DanluError: no text, a row that cannot be used, or a model without labels.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     model, tokenizer = open_labeller(config.model, config.device, config.precision)
     is_tagger = isinstance(model, TokenClassifier)
     rows = list(_given(config, is_tagger))

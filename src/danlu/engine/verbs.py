@@ -20,7 +20,7 @@ from danlu.engine.verbs_config import ChatConfig, GenerateConfig
 from danlu.errors import DanluError
 from danlu.formats.card import card_if_any
 from danlu.hardware import DTYPES, pick_device, pick_precision
-from danlu.hub.pull import model_path
+from danlu.hub.pull import with_models
 from danlu.models.load import Model, load_model
 from danlu.tokenizer.tokenizer import Tokenizer
 
@@ -58,12 +58,11 @@ def generate(config: GenerateConfig) -> list[str]:
     Raises:
         DanluError: no prompt, a prompt that does not fit the model, or a folder that is not a model.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     prompts = _read_prompts(config)
     params = [_with_own_seed(config, i) for i in range(len(prompts))]
-    path = model_path(config.model)
-    _require_model(path)
-    with Engine(path, config) as engine:
+    _require_model(config.model)
+    with Engine(config.model, config) as engine:
         if not config.json and config.prompts_file is None and config.n == 1:
             pieces = []
             for event in engine.stream(prompts[0], config):
@@ -133,21 +132,20 @@ def chat(config: ChatConfig) -> list[Message]:
     Raises:
         DanluError: the folder is not a model, or has no chat template.
     """
-    config = validate(config)
-    path = model_path(config.model)
-    _require_model(path)
-    with Engine(path, config) as engine:
-        return _converse(engine, path, config)
+    config = with_models(validate(config), "model")
+    _require_model(config.model)
+    with Engine(config.model, config) as engine:
+        return _converse(engine, config)
 
 
-def _converse(engine: Engine, path: Path, config: ChatConfig) -> list[Message]:
+def _converse(engine: Engine, config: ChatConfig) -> list[Message]:
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     system, messages = config.system, _opening(config.system)
     tokenizer.encode_chat([*messages, {"role": "user", "content": ""}], add_generation_prompt=True)  # has a template?
-    card = card_if_any(path)
+    card = card_if_any(config.model)
     if card is not None and card.verb == "pretrain":
-        console.warn(f"{path} has never seen a conversation; make it a chat model with: danlu finetune")
+        console.warn(f"{config.model} has never seen a conversation; make it a chat model with: danlu finetune")
     console.note(f"Say something. Ctrl-C stops an answer; {COMMANDS}.")
     answers = 0
     for line in _lines():

@@ -16,7 +16,7 @@ PromptFormat = Literal["auto", "plain", "chat"]
 class EvaluateConfig:
     """What `danlu evaluate` takes. Model and data count by their content, wherever they lie."""
 
-    model: Path = option(REQUIRED, "Model folder.", positional=True, affects_result=False)
+    model: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2).", positional=True, affects_result=False)
     data: Path = option(
         REQUIRED, "Data folder; its held-out documents are what the model is measured on.", affects_result=False
     )

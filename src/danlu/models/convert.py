@@ -21,6 +21,7 @@ from danlu.formats.gguf_file import GGUFFile
 from danlu.formats.gguf_write import GGUFTensor, write_gguf
 from danlu.formats.safetensors_files import PendingTensor, save_safetensors
 from danlu.formats.weights import INDEX_FILE, Weights, open_weights
+from danlu.hub.pull import with_models
 from danlu.models.convert_config import ConvertConfig
 from danlu.models.gguf import from_gguf
 from danlu.models.gguf_export import Export, requantized, to_gguf
@@ -45,7 +46,7 @@ def convert(config: ConvertConfig) -> Path:
         DanluError: the source is no model, holds something that the target cannot express (named), the output exists
             and ``overwrite`` is not set, or the disk is too small. No half-written output is left.
     """
-    config = validate(config)
+    config = with_models(validate(config), "source")
     if (card := card_if_any(config.source) if config.source.is_dir() else None) is not None and card.kind != "model":
         raise DanluError(f"{config.source}: is a {card.kind} folder; expected a model folder or a GGUF file")
     weights = open_weights(config.source)

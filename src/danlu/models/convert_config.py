@@ -16,7 +16,7 @@ Dtype = Literal["keep", "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q4_k"]
 class ConvertConfig:
     """What `danlu convert` takes."""
 
-    source: Path = option(REQUIRED, "Model folder or GGUF file.", positional=True)
+    source: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2).", positional=True)
     out: Path = option(REQUIRED, "GGUF file, or model folder, to write.", positional=True, affects_result=False)
     to: Target = option(
         "auto", "hf: a folder in the Hugging Face layout; gguf: one file; auto: gguf if the output ends in .gguf."

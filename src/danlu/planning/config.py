@@ -30,7 +30,9 @@ class PlanConfig:
     """What `danlu plan` takes."""
 
     model: str = option(
-        REQUIRED, "Model folder, GGUF file, or a size such as 7B (then in the shape of Llama).", positional=True
+        REQUIRED,
+        "Model folder, GGUF file, name (smollm2), or a size such as 7B (in the shape of Llama).",
+        positional=True,
     )
     context: int = option(4096, "Tokens in the key-value cache, and in a training sequence.", unit="tokens", ge=1)
     batch: int = option(1, "Sequences at a time.", ge=1)

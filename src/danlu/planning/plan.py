@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 import torch
 import yaml
@@ -19,6 +18,7 @@ from danlu import hardware
 from danlu.config import validate
 from danlu.console import out as stdout
 from danlu.errors import DanluError
+from danlu.hub.pull import model_path
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import read_config
 from danlu.nn.config import ModelConfig, Rope
@@ -114,7 +114,7 @@ def plan(config: PlanConfig) -> Plan:
 
 
 def model_shape(model: str) -> tuple[ModelConfig, int]:
-    """Shape and number of weights of a model folder, a GGUF file, or a size such as ``7B``."""
+    """Shape and number of weights of a model folder, a GGUF file, a name (smollm2), or a size such as ``7B``."""
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MBT])", model, re.IGNORECASE):
         parameters = float(size[1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[size[2].upper()]
         if not 1e6 <= parameters <= 1e13:
@@ -123,9 +123,10 @@ def model_shape(model: str) -> tuple[ModelConfig, int]:
         layers, dim, heads, kv_heads, ffn, vocab = SHAPES[nearest]
         shape = ModelConfig(vocab, layers, dim, heads, kv_heads, dim // heads, ffn, rope=Rope())
         return shape, round(parameters)
-    if not Path(model).exists():
+    path = model_path(model)
+    if not path.exists():
         raise DanluError(f"model: {model} is neither a model folder or GGUF file nor a size such as 135M, 7B or 70B")
-    shape = read_config(model)
+    shape = read_config(path)
     with torch.device("meta"):
         return shape, CausalLM(shape).num_parameters()
 

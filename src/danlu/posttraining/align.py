@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from danlu.config import validate
+from danlu.hub.pull import with_models
 from danlu.posttraining.config import AlignConfig
 from danlu.posttraining.dpo import learn_preferences
 from danlu.posttraining.policy import learn_policy
@@ -23,5 +24,5 @@ def align(config: AlignConfig) -> Path:
         DanluError: data, models or an output folder that cannot be used; see the methods.
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model", "reference", "critic")
     return METHODS[config.method](config)

@@ -22,7 +22,7 @@ REFERENCE_FREE: Final = ("orpo", "simpo")
 class JudgedConfig(TrainingConfig, HeldOutOptions, AdapterOptions):
     """Options of whatever is learned from judged answers."""
 
-    model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
+    model: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2) to start from.", positional=True)
     data: Path = option(
         REQUIRED,
         "JSON Lines, JSON, CSV, TSV or Parquet files: prompt, chosen, rejected; prompt, answers, ranks or scores; or "

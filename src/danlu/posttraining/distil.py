@@ -7,6 +7,7 @@ from pathlib import Path
 from danlu import console
 from danlu.config import validate
 from danlu.formats.card import Stage
+from danlu.hub.pull import with_models
 from danlu.posttraining.distil_causal import distil_causal
 from danlu.posttraining.distil_classify import distil_classify
 from danlu.posttraining.distil_config import DistilConfig
@@ -32,7 +33,7 @@ def distil(config: DistilConfig) -> Path:
         DanluError: teacher and student have other tokens or labels, a row cannot be used, or the output folder cannot.
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
-    config = validate(config)
+    config = with_models(validate(config), "teacher")
     inputs = {"teacher": config.teacher, "data": config.data}
     for role in ("student", "heldout", "unlabelled"):
         if (path := getattr(config, role)) is not None:

@@ -19,7 +19,7 @@ CONTROL = "control"
 class DistilConfig(TrainingConfig, HeldOutOptions, LabelledOptions):
     """Train a smaller model, the student, to do as a larger one does, its teacher."""
 
-    teacher: Path = option(REQUIRED, "Model folder of the teacher.", positional=True)
+    teacher: Path = option(REQUIRED, "The teacher: a model folder, GGUF file or name (smollm2).", positional=True)
     data: Path = option(
         REQUIRED,
         "What both read: a data folder of text, or chats, instructions or texts in JSON Lines, JSON, CSV or Parquet "

@@ -18,6 +18,7 @@ from danlu.data.prompts import Prompt, read_prompts
 from danlu.engine.config import SamplingParams
 from danlu.errors import DanluError
 from danlu.formats.card import Stage
+from danlu.hub.pull import with_models
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model
 from danlu.posttraining.rank_config import RankConfig
@@ -42,7 +43,7 @@ def rank(config: RankConfig) -> Path:
         DanluError: model, prompts or verifiers cannot be used, or no two answers differ.
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     inputs = {"model": config.model, "data": config.data}
     if config.heldout is not None:
         inputs["heldout"] = config.heldout

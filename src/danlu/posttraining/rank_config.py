@@ -15,7 +15,7 @@ from danlu.posttraining.verifiers.config import SandboxOptions
 class RankConfig(SandboxOptions):
     """Have a model answer prompts several times, and rank its answers by what judges them."""
 
-    model: Path = option(REQUIRED, "Model folder that answers.", positional=True)
+    model: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2) that answers.", positional=True)
     data: Path = option(REQUIRED, "Prompts, as `danlu align --method grpo` reads them.")
     out: Path = option(
         REQUIRED, "Folder to make: train.jsonl and heldout.jsonl, for `danlu reward` and `align`.", affects_result=False

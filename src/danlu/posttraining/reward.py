@@ -12,6 +12,7 @@ from torch import Tensor
 from danlu.config import validate
 from danlu.evaluation.calibration import calibration_error, reliability_table
 from danlu.evaluation.intervals import share_interval
+from danlu.hub.pull import with_models
 from danlu.models.heads import RewardModel
 from danlu.objectives.reward import bradley_terry_losses, centring_losses, ranking_losses
 from danlu.posttraining.config import RewardConfig
@@ -41,7 +42,7 @@ def reward(config: RewardConfig) -> Path:
             model, or an output folder that cannot be used.
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     return train_on_judged(config, "reward", {}, partial(_prepare, config))
 
 

@@ -15,6 +15,7 @@ from danlu.console import out as stdout
 from danlu.errors import DanluError
 from danlu.formats.card import CARD, RUN, Card, card_if_any
 from danlu.formats.safetensors_header import read_header
+from danlu.hub.pull import with_models
 from danlu.report.config import ShowConfig
 from danlu.report.numbers import chosen_options
 
@@ -37,7 +38,7 @@ def show(config: ShowConfig) -> dict[str, Any]:
     Raises:
         DanluError: no such folder, nothing in it that danlu knows, or a broken card or weights file.
     """
-    config = validate(config)
+    config = with_models(validate(config), "folder")
     found = describe(config.folder)
     if config.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))

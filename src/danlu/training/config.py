@@ -159,7 +159,7 @@ class PretrainConfig(TrainingConfig):
 class FinetuneConfig(TrainingConfig, HeldOutOptions, LabelledOptions, AdapterOptions):
     """Fine-tune a model: on chats, instructions or plain text, or to label, tag, translate, summarise."""
 
-    model: Path = option(REQUIRED, "Model folder to start from.", positional=True)
+    model: Path = option(REQUIRED, "Model folder, GGUF file or name (smollm2) to start from.", positional=True)
     data: Path = option(
         REQUIRED,
         "JSON Lines, JSON, CSV, TSV or Parquet files, or a data folder. causal: chat, ShareGPT, Alpaca, "

@@ -18,6 +18,7 @@ from danlu.data.folder import DataFolder
 from danlu.data.packing import MaskedSequences, RowStream
 from danlu.errors import DanluError
 from danlu.formats.card import CARD, Stage
+from danlu.hub.pull import with_models
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model
 from danlu.tokenizer.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def finetune(config: FinetuneConfig) -> Path:
             used.
         KeyboardInterrupt: stopped by Ctrl-C; the run can be resumed by calling again.
     """
-    config = validate(config)
+    config = with_models(validate(config), "model")
     if config.task != "causal":
         return train_task(config, PREPARE[config.task])
     compute_dtype = hardware.DTYPES[hardware.pick_precision(config.precision, hardware.pick_device(config.device))]
