@@ -375,7 +375,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
     keyboard.press("?")
     assert someone.page.locator("dialog").is_visible()
     keyboard.press("Escape")
-    assert someone.page.locator("dialog").count() == 0
+    someone.page.wait_for_selector("dialog", state="detached")
     keyboard.press("/")
     assert someone.page.evaluate("document.activeElement.id") == "message"
 

@@ -114,7 +114,9 @@ constexpr int NV = 16 / W;                      // vectors in a tile's 16 column
 
 // f(0) .. f(N - 1), each with its constant: an array that only these index lives in registers, where a loop that is
 // unrolled later leaves it in memory.
+#ifndef ALWAYS_INLINE
 #define ALWAYS_INLINE __attribute__((always_inline))
+#endif
 template <int N, class F>
 ALWAYS_INLINE inline void unroll(const F& f) {
     if constexpr (N > 0) {

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -140,17 +141,21 @@ def test_a_killed_run_goes_on_and_comes_to_the_same_bytes(teacher: Path, prompts
 
 
 def test_ctrl_c_saves_and_no_answer_is_paid_for_twice(prompts: Path, tmp_path: Path) -> None:
-    def slow(body: dict[str, Any], before: int) -> Reply:
-        time.sleep(0.25)  # so that it is stopped on the way, also on a loaded machine
+    stopped = threading.Event()
+
+    def answered_until_it_is_stopped(body: dict[str, Any], before: int) -> Reply:
+        if len(server.asked) > 6:
+            stopped.wait(30)
         return solved(body)
 
     out = tmp_path / "out"
-    with endpoint(slow) as server:
+    with endpoint(answered_until_it_is_stopped) as server:
         words = ["--teacher", server.url, "--model=m", "--concurrency=2", "--data", prompts]
         process = command(out, *words)
         wait_for_answers(out, 4, process)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
+        stopped.set()
         assert process.returncode == 130, said
         assert "answers are kept" in said
         kept = (out / "spool" / "answers.jsonl").read_bytes().count(b"\n")
