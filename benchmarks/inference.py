@@ -6,9 +6,10 @@ is cached, the start of a process, memory, speculation. One JSON line ends the o
 
 Every engine lives in a process of its own, which is stopped while another is measured, and gets the same token ids in
 the same round (A B C A B C, median of the rounds). "danlu x" is how many times better danlu does than the row's engine,
-the median of the ratios within a round. Shares are of what this machine reads and multiplies, measured in the same run
-before and after: 96 MB read by the same threads against the bytes that a token takes (weights as stored, keys and
-values as 2-byte numbers), and the best matrix product against the FLOPs of the prompt.
+the median of the ratios within a round. Shares are of what this machine reads or multiplies right before and after each
+turn, since its neighbours leave it more or less from one minute to the next: 96 MB read by the same threads against the
+bytes that a token takes (weights as stored, keys and values as 2-byte numbers), and the best matrix product against the
+FLOPs of the prompt.
 
 llama.cpp runs the requests as one batch of many sequences, which is what its server does without HTTP in between.
 Nothing else should run on the machine.
@@ -22,13 +23,12 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from comparison import comparison_parser, parse_comparison
 from inference_peers import IMPORTS
-from inference_tasks import NEW, PROMPT, TASKS, Contestant, Task, Texts
+from inference_tasks import NEW, PROMPT, TASKS, Contestant, Prompts, Task, Texts
 from inference_worker import PeerFailed
 
 from danlu import hardware
@@ -42,27 +42,16 @@ Rounds = dict[str, list[dict[str, float]]]
 READ_BYTES = 96 * 10**6
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a token costs at least.
-
-    Attributes:
-        bytes_per_token: read to decode one, averaged over an answer of the decode task.
-        flops_per_token: of the prompt of the prefill task, averaged over its tokens.
-    """
-
-    bytes_per_token: float
-    flops_per_token: float
-
-
-def work_of(model: Path) -> Work:
-    """From the shapes of the file. Its head is the embedding: read whole for a new token, not run over a prompt."""
+def work_of(model: Path) -> dict[str, float]:
+    """What a token costs at least, by what limits it: bytes read to decode one, averaged over an answer of the decode
+    task, and FLOPs of one of the prompt of the prefill task. From the shapes of the file, whose head is the embedding:
+    read whole for a new token, not run over a prompt."""
     config, infos = read_config(model), GGUFFile(model).infos
     kv_bytes = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
     body = sum(torch.Size(info.shape).numel() for name, info in infos.items() if name != "token_embd.weight")
     attention = 4 * config.n_layers * config.n_heads * config.head_dim * PROMPT / 2
     weights = sum(info.n_bytes for info in infos.values())
-    return Work(weights + kv_bytes * (PROMPT + NEW / 2), 2 * body + attention)
+    return {"bandwidth": weights + kv_bytes * (PROMPT + NEW / 2), "matmul peak": 2 * body + attention}
 
 
 def read_bandwidth() -> float:
@@ -76,15 +65,19 @@ def read_bandwidth() -> float:
     return best
 
 
-def measure_limits() -> dict[str, float]:
-    """Bytes and FLOPs a second of this machine now."""
+def matmul_peak() -> float:
+    """FLOPs a second of the best matrix product, in the precision that this CPU is best at."""
     device = torch.device("cpu")
     hardware.matmul_peak.cache_clear()
-    dtype = hardware.DTYPES[hardware.pick_precision("auto", device)]
-    return {"bandwidth": read_bandwidth(), "matmul": hardware.matmul_peak(dtype, device)}
+    return hardware.matmul_peak(hardware.DTYPES[hardware.pick_precision("auto", device)], device)
 
 
-def measure(name: str, contestants: list[Contestant], texts: Texts, rounds: int, skipped: dict[str, str]) -> Rounds:
+LIMITS = {"bandwidth": read_bandwidth, "matmul peak": matmul_peak}
+
+
+def measure(
+    name: str, contestants: list[Contestant], texts: Texts, rounds: int, work: dict[str, float], skipped: dict[str, str]
+) -> Rounds:
     """The task in turns; who fails it is left out of it."""
     task = TASKS[name]
     running = [contestant for contestant in contestants if contestant.engine in task.engines]
@@ -93,7 +86,7 @@ def measure(name: str, contestants: list[Contestant], texts: Texts, rounds: int,
         prompts = task.prompts(texts)
         for contestant in list(running):
             try:
-                found[contestant.name].append(task.measure(contestant, prompts))
+                found[contestant.name].append(turn(task, contestant, prompts, work))
             except PeerFailed as error:
                 contestant.close()
                 running.remove(contestant)
@@ -103,7 +96,18 @@ def measure(name: str, contestants: list[Contestant], texts: Texts, rounds: int,
     return found
 
 
-def table(task: Task, rounds: Rounds, work: Work, limits: dict[str, float]) -> dict[str, dict[str, float]]:
+def turn(task: Task, contestant: Contestant, prompts: Prompts, work: dict[str, float]) -> dict[str, float]:
+    """One turn, and where the task has a limit the share of it."""
+    if task.limit is None:
+        return task.measure(contestant, prompts)
+    limit, cost = LIMITS[task.limit], work[task.limit]
+    before = limit()
+    figures = task.measure(contestant, prompts)
+    most = (before + limit()) / 2
+    return {**figures, f"share of {task.limit}": next(iter(figures.values())) * cost / most, task.limit: most}
+
+
+def table(task: Task, rounds: Rounds) -> dict[str, dict[str, float]]:
     """Print and return medians, ratios and shares."""
     found: dict[str, dict[str, float]] = {}
     for name, figures in rounds.items():
@@ -112,15 +116,11 @@ def table(task: Task, rounds: Rounds, work: Work, limits: dict[str, float]) -> d
         if name != "danlu" and "danlu" in rounds:
             ratios = [a[compared] / b[compared] for a, b in zip(rounds["danlu"], figures, strict=True)]
             row["danlu x"] = statistics.median(ratios if task.more_is_better else [1 / ratio for ratio in ratios])
-        if task.limit == "bandwidth":
-            row["share of bandwidth"] = row[compared] * work.bytes_per_token / limits["bandwidth"]
-        elif task.limit == "matmul":
-            row["share of peak"] = row[compared] * work.flops_per_token / limits["matmul"]
         found[name] = row
     columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    print(f"\n{task.what}\n{'':24}" + "".join(f"{column:>20}" for column in columns))
+    print(f"\n{task.what}\n{'':24}" + "".join(f"{column:>22}" for column in columns))
     for name, row in found.items():
-        print(f"{name:<24}" + "".join(f"{row[key]:20.4g}" if key in row else " " * 20 for key in columns))
+        print(f"{name:<24}" + "".join(f"{row[key]:22.4g}" if key in row else " " * 22 for key in columns))
     return found
 
 
@@ -154,27 +154,21 @@ def main() -> None:
 
     texts, work = Texts(Tokenizer.load(model)), work_of(model)
     try:
-        before = measure_limits()
-        measured = {name: measure(name, contestants, texts, given.rounds, skipped) for name in given.only}
+        measured = {name: measure(name, contestants, texts, given.rounds, work, skipped) for name in given.only}
         idle = {contestant.name: contestant.idle_cores for contestant in contestants}
     finally:
         for contestant in contestants:
             contestant.close()
-    after = measure_limits()
-    limits = {name: max(before[name], after[name]) for name in before}
-    print(
-        f"\nthis machine reads {limits['bandwidth'] / 1e9:.1f} GB/s, multiplies {limits['matmul'] / 1e9:.0f} GFLOP/s;"
-    )
-    print(f"a decoded token reads {work.bytes_per_token / 1e6:.1f} MB, one of the prompt takes", end=" ")
-    print(f"{work.flops_per_token / 1e6:.0f} MFLOP; cores busy while idle: {idle}")
+    print(f"\na decoded token reads {work['bandwidth'] / 1e6:.1f} MB, one of the prompt takes", end=" ")
+    print(f"{work['matmul peak'] / 1e6:.0f} MFLOP; cores busy while idle: {idle}")
     result = {
         "benchmark": "inference", "model": model.name, "cpu": platform.machine(), "threads": given.threads,
-        "rounds": given.rounds, "torch": torch.__version__, "versions": versions, "limits": limits,
-        "bytes_per_token": work.bytes_per_token, "flops_per_token": work.flops_per_token, "idle_cores": idle,
+        "rounds": given.rounds, "torch": torch.__version__, "versions": versions, "idle_cores": idle,
+        "bytes_per_token": work["bandwidth"], "flops_per_token": work["matmul peak"],
         "skipped": skipped,
     }  # fmt: skip
     for name, rounds in measured.items():
-        result[name] = table(TASKS[name], rounds, work, limits)
+        result[name] = table(TASKS[name], rounds)
     print(f"\n{json.dumps(result)}")
 
 

@@ -197,7 +197,7 @@ class Task:
         engines: that can do it.
         more_is_better: of the figure that is compared.
         rounds: at most so many; the figure hardly varies.
-        limit: what of the machine bounds it: "bandwidth" or "matmul".
+        limit: what of the machine bounds it: "bandwidth" or "matmul peak".
     """
 
     what: str
@@ -222,7 +222,7 @@ TASKS = {
     "decode": Task(
         f"decode, one stream: {PROMPT} + {NEW} tokens", decode, lambda t: [t.take(PROMPT)], EVERYONE, limit="bandwidth"
     ),
-    "prefill": Task(f"prefill of {PROMPT} tokens", prefill, lambda t: [t.take(PROMPT)], EVERYONE, limit="matmul"),
+    "prefill": Task(f"prefill of {PROMPT} tokens", prefill, lambda t: [t.take(PROMPT)], EVERYONE, limit="matmul peak"),
     "batch": Task(
         f"{STREAMS} requests at once: {SHORT_PROMPT} + {SHORT_NEW} tokens each",
         batch, lambda t: [t.take(SHORT_PROMPT) for _ in range(STREAMS)], EVERYONE,
