@@ -1,6 +1,7 @@
 // Included before a kernel source, lets it be compiled for AVX512-VNNI, with EMULATE_BF16 for AVX512-BF16 and with
 // EMULATE_AMX for AMX, and run on any CPU with AVX2: SIMDe has most of the AVX512 intrinsics, the rest and the tiles are here, in plain loops.
 #pragma once
+#define EMULATED
 #define ALWAYS_INLINE  // nothing is in registers here, and code of its own for each use takes fifteen times as long to compile
 #include <immintrin.h>
 

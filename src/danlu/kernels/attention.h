@@ -127,7 +127,8 @@ inline void put_query(const float* query, float scale, int m, int dim, Attention
     for (int d = 0; d < dim; d += W) store(to + d, load(query + d) * set1(scale));
 }
 
-// The queries are in scratch.queries, (rows, head_dim); positions[m] is the place of row m, ascending. Leaves in scratch what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
+// The queries are in scratch.queries, (rows, head_dim); positions[m] is the place of row m, ascending. Leaves in scratch
+// what one chunk of keys gives each row: `out`, (rows, head_dim), `total` and `most`.
 template <class T>
 inline void attend(const Heads& heads, const int* positions, int rows, int chunk, AttentionScratch& scratch) {
     constexpr int AHEAD = 4;  // blocks lie anywhere in memory: no hardware foresees the next one
@@ -136,7 +137,6 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
     const auto* queries = (const Factor*)scratch.queries.data();
     const size_t block_bytes = cache_block_bytes<T>(dim);
     float *scores = scratch.scores.data(), *out = scratch.out.data();
-    std::fill_n(out, size_t(rows) * dim, 0.0f);
     const int n_keys = std::min(KEYS, positions[rows - 1] + 1 - start);
     const int n_blocks = (n_keys + TILE - 1) / TILE, n = n_blocks * TILE;
     // Blocks before all windows may be gone.
@@ -152,8 +152,8 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
             fetch(values(i), block_bytes);
         }
         if (taken == 4) {
-            const T* const blocks[] = {(const T*)keys(b), (const T*)keys(b + 1), (const T*)keys(b + 2), (const T*)keys(b + 3)};
-            by_64(queries, dim, rows, blocks, TILE, dim, scores + b * TILE, KEYS, false);
+            const Panel<T> four{{(const T*)keys(b), (const T*)keys(b + 1), (const T*)keys(b + 2), (const T*)keys(b + 3)}, dim};
+            by_64<T>(queries, dim, rows, 1, [&](int) { return four; }, TILE, scores + b * TILE, KEYS);
         } else {
             by_16(queries, dim, rows, (const T*)keys(b), TILE, dim, scores + b * TILE, KEYS, false);
         }
@@ -182,18 +182,19 @@ inline void attend(const Heads& heads, const int* positions, int rows, int chunk
         scratch.total[m] = sum(total);
     }
     constexpr int KEPT = KEYS * sizeof(float) / sizeof(Factor);
-    for (int b = first; b < n_blocks; b++) {
-        const uint8_t* block = values(b);
-        if (sizeof(T) == 1) times_scales((const float*)(block + size_t(TILE) * dim), rows, scores + b * TILE);
-        const Factor* weights = (const Factor*)scores + b * TILE;
-        int filled = std::min(TILE, n_keys - b * TILE);  // the rest of a block is whatever it held before
-        int d = 0;
-        for (; d + 4 * TILE <= dim; d += 4 * TILE) {
-            const T* at = (const T*)block + d;
-            const T* const columns[] = {at, at + TILE, at + 2 * TILE, at + 3 * TILE};
-            by_64(weights, KEPT, rows, columns, dim, filled, out + d, dim, true);
-        }
-        for (; d < dim; d += TILE)
-            by_16(weights, KEPT, rows, (const T*)block + d, dim, filled, out + d, dim, true);
+    const Factor* weights = (const Factor*)scores + first * TILE;
+    const auto filled = [&](int b) { return std::min(TILE, n_keys - b * TILE); };  // the rest of a block is whatever it held before
+    if (sizeof(T) == 1)
+        for (int b = first; b < n_blocks; b++) times_scales((const float*)(values(b) + size_t(TILE) * dim), rows, scores + b * TILE);
+    int d = 0;
+    for (; d + 4 * TILE <= dim; d += 4 * TILE) {
+        const auto block = [&](int b) {
+            const T* at = (const T*)values(first + b) + d;
+            return Panel<T>{{at, at + TILE, at + 2 * TILE, at + 3 * TILE}, filled(first + b)};
+        };
+        by_64<T>(weights, KEPT, rows, n_blocks - first, block, dim, out + d, dim);
     }
+    for (; d < dim; d += TILE)
+        for (int b = first; b < n_blocks; b++)
+            by_16(weights + (b - first) * TILE, KEPT, rows, (const T*)values(b) + d, dim, filled(b), out + d, dim, b > first);
 }

@@ -94,40 +94,55 @@ inline void by_16(const A* a, size_t lda, int rows, const T* b, size_t ldb, int 
         first_rows<0>(a + m * lda, lda, rows - m, b, ldb, len, out + m * ldo, ldo, add);
 }
 
-// The same for four b, whose columns follow each other in out. Every sum is taken in the order of by_16.
+// Right factors whose rows follow each other: 64 columns, 16 at each pointer, and how many rows.
+template <class T>
+struct Panel {
+    const T* columns[4];
+    int len;
+};
+
+// out[m][0:64] = sum_l a[m][l] * b[l][0:64], where b is panel(0) .. panel(n - 1). Every sum is taken in the order of by_16.
 #ifdef __AVX512F__
 constexpr int ROWS_BY_64 = 6;  // four sums of each fit in the registers
 
 // At once: a number of the left factor is loaded for four sums, and those of a single row do not wait for each other.
-template <int M, class A, class T>
-inline void rows_by_64(const A* a, size_t lda, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
+template <int M, class T, class A, class Panels>
+inline void rows_by_64(const A* a, size_t lda, int n, const Panels& panel, size_t ldb, float* out, size_t ldo) {
     using Terms = Terms<A, T>;
     constexpr int DEPTH = Terms::DEPTH;
     Vec acc[4 * M];
-    unroll<4 * M>([&](int i) ALWAYS_INLINE { acc[i] = add ? load(out + i / 4 * ldo + i % 4 * W) : set1(0.0f); });
-    const auto each = [&](int l, const auto& term) ALWAYS_INLINE {
-        typename Terms::Right y[4];
-        unroll<4>([&](int j) ALWAYS_INLINE { y[j] = Terms::load_right(b[j] + l / DEPTH * ldb); });
-        unroll<M>([&](int m) ALWAYS_INLINE {
-            unroll<4>([&](int j) ALWAYS_INLINE { acc[4 * m + j] = term(acc[4 * m + j], a + m * lda + l, y[j]); });
-        });
-    };
-    int l = 0;
-    for (; l + DEPTH <= len; l += DEPTH) each(l, Terms::add);
-    if constexpr (DEPTH == 2)
-        if (l < len) each(l, Terms::add_first);
+    unroll<4 * M>([&](int i) ALWAYS_INLINE { acc[i] = set1(0); });
+    for (int p = 0; p < n; p++) {
+        const Panel<T> b = panel(p);
+        const auto each = [&](int l, const auto& term) ALWAYS_INLINE {
+            typename Terms::Right y[4];
+            unroll<4>([&](int j) ALWAYS_INLINE { y[j] = Terms::load_right(b.columns[j] + l / DEPTH * ldb); });
+            unroll<M>([&](int m) ALWAYS_INLINE {
+                unroll<4>([&](int j) ALWAYS_INLINE { acc[4 * m + j] = term(acc[4 * m + j], a + m * lda + l, y[j]); });
+            });
+        };
+        int l = 0;
+        for (; l + DEPTH <= b.len; l += DEPTH) each(l, Terms::add);
+        if constexpr (DEPTH == 2)
+            if (l < b.len) each(l, Terms::add_first);
+        a += b.len;
+    }
     unroll<4 * M>([&](int i) ALWAYS_INLINE { store(out + i / 4 * ldo + i % 4 * W, acc[i]); });
 }
 
-template <class A, class T>
-inline void by_64(const A* a, size_t lda, int rows, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
+template <class T, class A, class Panels>
+inline void by_64(const A* a, size_t lda, int rows, int n, const Panels& panel, size_t ldb, float* out, size_t ldo) {
     for (; rows >= ROWS_BY_64; rows -= ROWS_BY_64, a += ROWS_BY_64 * lda, out += ROWS_BY_64 * ldo)
-        rows_by_64<ROWS_BY_64>(a, lda, b, ldb, len, out, ldo, add);
-    as_constant<ROWS_BY_64 - 1>(rows, [&](auto m) { rows_by_64<m>(a, lda, b, ldb, len, out, ldo, add); });
+        rows_by_64<ROWS_BY_64, T>(a, lda, n, panel, ldb, out, ldo);
+    as_constant<ROWS_BY_64 - 1>(rows, [&](auto m) { rows_by_64<m, T>(a, lda, n, panel, ldb, out, ldo); });
 }
 #else
-template <class A, class T>
-inline void by_64(const A* a, size_t lda, int rows, const T* const (&b)[4], size_t ldb, int len, float* out, size_t ldo, bool add) {
-    for (int j = 0; j < 4; j++) by_16(a, lda, rows, b[j], ldb, len, out + 16 * j, ldo, add);
+template <class T, class A, class Panels>
+inline void by_64(const A* a, size_t lda, int rows, int n, const Panels& panel, size_t ldb, float* out, size_t ldo) {
+    for (int p = 0; p < n; p++) {
+        const Panel<T> b = panel(p);
+        for (int j = 0; j < 4; j++) by_16(a, lda, rows, b.columns[j], ldb, b.len, out + 16 * j, ldo, p > 0);
+        a += b.len;
+    }
 }
 #endif

@@ -199,7 +199,7 @@ class Step {
     }
 
     // Rows are short work: threads that take them one by one wait for each other, and write to the same cache lines.
-    int rows_at_once(int n) const { return std::clamp(n / pool_.size(), 1, TILE); }
+    int rows_at_once(int n) const { return std::clamp(n / pool_.size(), 1, 2 * TILE); }
 
     void embed(int t) {
         float* x = x_.data() + size_t(t) * model_.dim;
@@ -290,7 +290,7 @@ class Step {
     template <class Item>
     void share_spans(int n_spans, int n, const Item& item) {
         const int n_blocks = (n + ROW_BLOCK - 1) / ROW_BLOCK;
-        const int chunk = n_blocks > 1 ? 1 : std::max(1, n_spans / (pool_.size() * 8));
+        const int chunk = n_blocks > 1 ? 4 : std::max(1, n_spans / (pool_.size() * 8));
         pool_.share(n_spans * n_blocks, chunk, [&](int i) {
 #ifdef __AMX_BF16__
             const int span = i / n_blocks, row0 = i % n_blocks * ROW_BLOCK;
