@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import opened_by_peft
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crashes import crash
@@ -116,6 +116,28 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
         assert (reference(IDS).logits - logits(plain, IDS)).abs().max() < 1e-4
     quantized = (logits(model, IDS) - logits(plain, IDS)).abs().max().item()
     assert (quantized > 1e-3) == (options.get("adapter") == "qlora")
+
+
+def test_an_adapter_is_for_the_model_it_was_trained_on(config: Any) -> None:
+    whole = {"adapter": "none", "rank": 16, "steps": 1}
+    one, other = finetune(config("one", **whole)), finetune(config("other", **whole, seed=1))
+    adapter = finetune(config("adapter", model=one, steps=1))
+    open_adapted(adapter, base=one)
+    with pytest.raises(DanluError, match="was trained on another model than the one at"):
+        merge_adapter(MergeConfig(base=other, adapter=adapter, out=other.parent / "merged"))
+    with pytest.raises(DanluError, match="is an adapter; make a model of it first: danlu merge"):
+        load_model(adapter)
+    (adapter / "danlu.json").unlink()  # as one of PEFT's, which tells nothing
+    open_adapted(adapter, base=other)
+
+
+def test_an_adapter_of_nan_is_refused(config: Any) -> None:
+    adapter = finetune(config("adapter", steps=1))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = math.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(DanluError, match="holds numbers that are not finite"):
+        open_adapted(adapter)
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.2}, {"quantize": "4bit", "adapter": "dora"}])

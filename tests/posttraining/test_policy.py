@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,11 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from danlu.data.prompts import Prompt
 from danlu.errors import DanluError, Problems
 from danlu.formats.card import Card
-from danlu.models.load import load_model
+from danlu.models.load import load_model, read_config
+from danlu.posttraining import experience
 from danlu.posttraining.align import align
 from danlu.posttraining.config import AlignConfig
+from danlu.posttraining.experience import Judged, judge
+from danlu.posttraining.policy_loss import PolicyLoss
+from danlu.posttraining.rollouts import longest_prompt
+from danlu.posttraining.verifiers import Judgement
+from danlu.training import checkpoint
 from danlu.training.metrics import read_metrics
 
 
@@ -95,9 +103,68 @@ def test_what_cannot_be_is_said_at_once(config: AlignConfig) -> None:
             align(dataclasses.replace(config, **options))  # type: ignore[arg-type]
     for options, message in (
         ({"reward": ("nothing-like-this",)}, "not known"),
-        ({"max_new_tokens": 5000}, "more than the context"),
+        ({"max_new_tokens": 5000}, "has room for"),
         ({"curriculum": "hardness"}, "hardness"),
     ):
         with pytest.raises(DanluError, match=message):
             align(dataclasses.replace(config, **options))  # type: ignore[arg-type]
     assert not config.out.exists() or not any(config.out.iterdir())
+
+
+def test_what_was_learned_outlives_a_verifier_that_fails(config: AlignConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step is drawn again when it is mended, and the run ends as one whose verifier never failed."""
+    config = dataclasses.replace(config, steps=5, checkpoint_every=100)
+    straight = align(dataclasses.replace(config, out=config.out / "straight"))
+    broken = dataclasses.replace(config, out=config.out / "broken")
+    calls = iter(range(100))
+
+    def fails_at_the_fourth(*arguments: Any) -> list[list[Judged]]:
+        judged = judge(*arguments)
+        if next(calls) < 3:
+            return judged
+        problem = Judgement(None, {}, "it is away")
+        return [[dataclasses.replace(one, reward=None, judgement=problem) for one in group] for group in judged]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experience, "judge", fails_at_the_fourth)
+        with pytest.raises(DanluError, match=r"could be judged: it is away\. Mend that"):
+            align(broken)
+    assert [int(path.name.rpartition("-")[2]) for path in checkpoint.list_checkpoints(broken.out)] == [3]
+    align(broken)
+    first, second = load_model(straight).state_dict(), load_model(broken.out).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_critic_reads_what_the_model_writes(config: AlignConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(config.model, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    with pytest.raises(DanluError, match="has another tokenizer or chat template"):
+        align(dataclasses.replace(config, method="ppo", critic=other))
+    with pytest.raises(DanluError, match="another kind of model, without a head for"):
+        align(dataclasses.replace(config, method="ppo", critic=config.model))
+
+
+def test_prompts_are_as_long_as_the_context_leaves_them(config: AlignConfig) -> None:
+    context = read_config(config.model).context
+    assert longest_prompt(dataclasses.replace(config, max_prompt=None), context) == min(512, context - 6)
+    assert longest_prompt(dataclasses.replace(config, max_prompt=10), context) == 10
+    for options in ({"max_prompt": context}, {"max_prompt": None, "max_new_tokens": context}):
+        with pytest.raises(DanluError, match="has room for; lower it"):
+            longest_prompt(dataclasses.replace(config, **options), context)  # type: ignore[arg-type]
+
+
+def test_a_curriculum_goes_by_numbers_that_are_text_too() -> None:
+    prompts = [Prompt([], {"difficulty": value}, "row", None, []) for value in (3, 0.5, "29", "0.25")]
+    assert experience.difficulties(prompts, "difficulty") == [3, 0.5, 29, 0.25]
+    for value in (None, True, "hard", "nan", [1]):
+        with pytest.raises(DanluError, match="is no number"):
+            experience.difficulties([Prompt([], {"difficulty": value}, "row", None, [])], "difficulty")
+
+
+def test_a_run_that_learns_nothing_is_no_success(config: AlignConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicyLoss, "__call__", lambda self, batch: self.model.head.weight.sum() * float("nan"))
+    with pytest.raises(DanluError, match="every step was skipped"):
+        align(dataclasses.replace(config, steps=2))
+    assert not (config.out / "danlu.json").exists()

@@ -253,7 +253,7 @@ def score(prompt, answer, row):
                 os._exit(0)
         time.sleep(100)
     return {
-        "nan": float("nan"), "inf": float("inf"), "none": None, "text": "1", "list": [1], "true": True,
+        "nan": float("nan"), "inf": float("inf"), "huge": -1e308, "none": None, "text": "1", "list": [1], "true": True,
         "pair": (0.5, "half"), "bad pair": (0.5, 3), "prompt": prompt[0]["content"] == "hi", "row": row["weight"],
         "liar": type("F", (float,), {"__float__": lambda self: 1 / 0})(1),
     }.get(answer, 0.25)
@@ -274,6 +274,7 @@ def test_functions_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "children": (None, "took too long"),
         "nan": (None, "gave nan"),
         "inf": (None, "gave inf"),
+        "huge": (None, "gave -1e+308; scores are numbers of at most 1,000,000"),
         "none": (None, "could not judge"),
         "text": (None, "gave str, not a number"),
         "list": (None, "gave list, not a number"),

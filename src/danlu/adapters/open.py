@@ -11,9 +11,8 @@ from danlu.adapters.lora import merge
 from danlu.adapters.peft_config import TASK_TYPES, is_adapter_folder, read_peft_config
 from danlu.adapters.peft_folder import WEIGHTS, load_adapter
 from danlu.adapters.wrapper import unwrap
-from danlu.console import warn
 from danlu.errors import DanluError
-from danlu.formats.card import Card, card_if_any
+from danlu.formats.card import CARD, Card, card_if_any
 from danlu.formats.safetensors_files import SafetensorsWeights
 from danlu.models.causal_lm import CausalLM
 from danlu.models.heads import SequenceClassifier, TokenClassifier, default_labels
@@ -33,12 +32,15 @@ def base_of(folder: str | Path) -> Path:
     """
     named = read_peft_config(folder).base
     if named is None:
-        raise DanluError(f"{folder}: does not say what it is an adapter of; merge it: danlu merge BASE {folder} OUT")
+        raise DanluError(
+            f"{folder}: does not say what it is an adapter of; merge it: danlu merge BASE {folder} --out OUT"
+        )
     for candidate in (Path(named), Path(folder).parent / named):
         if candidate.exists():
             return candidate
     raise DanluError(
-        f"{folder}: its base model {named} is not here; fetch it (danlu pull) and merge: danlu merge BASE {folder} OUT"
+        f"{folder}: its base model {named} is not here; fetch it (danlu pull) and merge: "
+        f"danlu merge BASE {folder} --out OUT"
     )
 
 
@@ -141,7 +143,10 @@ def _compare(folder: str | Path, base: Path) -> None:
         return
     then = _model_input(made)
     if then is not None and then != here.fingerprint:
-        warn(f"{folder}: was trained on another model than the one that is now at {base}; its answers may be worse")
+        raise DanluError(
+            f"{folder}: was trained on another model than the one at {base}; name that one, or train it again. "
+            f"(Where you know better: without {folder}/{CARD} nobody can tell.)"
+        )
 
 
 def _model_input(card: Card) -> str | None:

@@ -333,6 +333,8 @@ class _Loader:
                 f"{self.path}: {key} has shape {tuple(tensor.shape)}; with this base model and {CONFIG} it must be "
                 f"{shape}; the adapter was made for {self.config.base or 'another model'}"
             )
+        if not bool(tensor.isfinite().all()):
+            raise DanluError(f"{self.path}: {key} holds numbers that are not finite; train the adapter again")
         return tensor.to(torch.float32, copy=True)
 
     def _head(self) -> dict[str, Tensor]:

@@ -57,12 +57,12 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
     if weights.is_file() and any(name.endswith(BASE) for name in read_header(weights).entries):
         raise DanluError(
             f"{folder}: holds the head's own weights besides an update of them, which belong to one base model alone; "
-            f"merge it: danlu merge BASE {folder} OUT"
+            f"merge it: danlu merge BASE {folder} --out OUT"
         )
     if makes_up_for_4_bits(folder):
         raise DanluError(
             f"{folder}: makes up for what 4 bits have lost of its base, and cannot be added to other weights; "
-            f"merge it: danlu merge BASE {folder} OUT, or train it with adapter_start=zero"
+            f"merge it: danlu merge BASE {folder} --out OUT, or train it with adapter_start=zero"
         )
     model = _weightless(config, hf_config)
     load_adapter(model, folder, name=_NAME)
@@ -71,7 +71,7 @@ def read_updates(folder: str | Path, config: ModelConfig, hf_config: Mapping[str
         if not isinstance(wrapper, LoRALinear):
             raise DanluError(
                 f"{folder}: trains the embeddings of tokens, which no sequence of a batch has for itself; "
-                f"merge it: danlu merge BASE {folder} OUT"
+                f"merge it: danlu merge BASE {folder} --out OUT"
             )
         adapter = wrapper.adapters[_NAME]
         assert isinstance(adapter, LowRank)

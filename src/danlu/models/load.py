@@ -102,6 +102,8 @@ def _open(path: Path) -> tuple[Weights, dict[str, Any]]:
         raise DanluError(f"{path}: no such model folder")
     if (path / "checkpoints").exists() and not (path / "config.json").exists():
         raise DanluError(f"{path}: is being trained: run the same command again to finish it")
+    if (path / "adapter_config.json").exists():
+        raise DanluError(f"{path}: is an adapter; make a model of it first: danlu merge BASE {path} --out OUT")
     if path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
         raise DanluError(f"{path}: is not a model folder (no config.json)")
     weights = open_weights(path)
@@ -252,6 +254,11 @@ def _fill(
             values[id(p)] = tensor if dtype is None else tensor.to(dtype)
 
     missing = {key: name for key, name in missing.items() if key not in values and not (new_head and key in head)}
+    if missing.keys() and missing.keys() <= head:
+        raise DanluError(
+            f"{weights.path}: lacks {min(missing.values())}: it is another kind of model, without a head for "
+            f"{model.task.replace('_', ' ')}"
+        )
     if missing:
         raise DanluError(
             f"{weights.path}: lacks {min(missing.values())} ({len(missing)} of {len(expected)} tensors are missing)"

@@ -7,6 +7,7 @@ more steps, then comes the next draw, from the weights as they are by then.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -224,6 +225,7 @@ class Experience(ABC):
     def _lessons(self) -> list[Lesson]:
         groups: list[list[Judged]] = []
         wanted, n_drawn = self.options.prompts_per_step, 0
+        before = self.order.state(), self.draws
         drawn: list[list[Judged]] = []
         for _ in range(TRIES if self.options.settings()["resample"] else 1):
             drawn = self._draw(wanted - len(groups))
@@ -235,9 +237,12 @@ class Experience(ABC):
             groups = groups or drawn
         lessons = self.learn(groups)
         if not lessons:
+            self.order.restore(before[0])
+            self.draws = before[1]
             raise DanluError(
                 "no answer of this step could be judged: "
                 + next((one.judgement.problem or "" for group in groups for one in group), "there was none")
+                + ". Mend that and run the same command again"
             )
         self._tell(groups, n_drawn)
         return lessons
@@ -335,7 +340,11 @@ def difficulties(prompts: Sequence[Prompt], field: str) -> list[float] | None:
     found = []
     for prompt in prompts:
         value = prompt.row.get(field)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        try:  # what `danlu synth` knows of a row is text
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
             raise DanluError(f"{prompt.where}: field {field!r}, which the curriculum goes by, is no number: {value!r}")
-        found.append(float(value))
+        found.append(number)
     return found

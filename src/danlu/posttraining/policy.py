@@ -29,7 +29,7 @@ from danlu.posttraining.heldout_answers import HeldOutAnswers
 from danlu.posttraining.judged import learning_rates, open_model
 from danlu.posttraining.policy_loss import PolicyLoss
 from danlu.posttraining.ppo import ActorCritic, CriticExperience
-from danlu.posttraining.rollouts import RolloutEngine
+from danlu.posttraining.rollouts import RolloutEngine, longest_prompt
 from danlu.posttraining.verifiers import Verifiers, model_folders
 from danlu.tokenizer.tokenizer import Tokenizer
 from danlu.training.loop import Trainer
@@ -64,18 +64,14 @@ def learn_policy(config: AlignConfig) -> Path:
         return config.out
     with ExitStack() as open_things:
         with stage.preparing():
-            longest = config.max_prompt + config.max_new_tokens
-            if longest > (context := read_config(config.model).context):
-                raise DanluError(
-                    f"max_prompt ({config.max_prompt}) and max_new_tokens ({config.max_new_tokens}) together are more "
-                    f"than the context of {config.model} ({context}); lower one"
-                )
+            max_prompt = longest_prompt(config, read_config(config.model).context)
+            longest = max_prompt + config.max_new_tokens
             torch.manual_seed(config.seed)  # a fresh head of a critic is drawn from it
             model, tokenizer, details = open_model(config, CausalLM, Tokenizer.load(config.model))
             device = hardware.pick_device(config.device)  # where the engine finds it
             model.to(device).compute_dtype = hardware.DTYPES[hardware.pick_precision(config.precision, device)]
             train, held_out = read_prompts(
-                config.data, tokenizer, longest=config.max_prompt, heldout=config.heldout,
+                config.data, tokenizer, longest=max_prompt, heldout=config.heldout,
                 share=0.1 if config.heldout_share is None else config.heldout_share, on_error=config.on_error,
             )  # fmt: skip
             verifiers = open_things.enter_context(Verifiers.within(config, config.reward))
@@ -142,6 +138,14 @@ def _method(
             config, model, engine, verifiers, prompts, aggregation=aggregation, reference=reference, seed=config.seed
         )
         return rows, PolicyLoss(config, model, kl=config.kl), model
+    if (
+        config.critic is not None
+        and Tokenizer.load(config.critic).fingerprint != Tokenizer.load(config.model).fingerprint
+    ):
+        raise DanluError(
+            f"{config.critic}: has another tokenizer or chat template than {config.model}; a critic reads the very "
+            "tokens that the model writes"
+        )
     start = dataclasses.replace(config, model=config.critic or config.model)
     critic, _, details = open_model(start, RewardModel, Tokenizer.load(config.model), new_head=config.critic is None)
     pair = ActorCritic(model, critic, details)

@@ -35,7 +35,12 @@ class PolicyOptions(SandboxOptions):
     )
     prompts_per_step: int = option(8, "grpo, ppo: prompts that are answered for a step.", ge=1, le=65536)
     group_size: int = option(8, "grpo, ppo: answers to each prompt; ppo needs only 1.", ge=1, le=128)
-    max_prompt: int = option(512, "grpo, ppo: longest prompt; longer ones are left out.", unit="tokens", ge=1)
+    max_prompt: int | None = option(
+        None,
+        "grpo, ppo: longest prompt; longer ones are left out; default 512, or what the context leaves.",
+        unit="tokens",
+        ge=1,
+    )
     max_new_tokens: int = option(256, "grpo, ppo: longest answer.", unit="tokens", ge=1)
     temperature: float = option(1.0, "grpo, ppo: of the answers that are learned from.", gt=0, le=10)
     minibatches: int = option(1, "grpo, ppo: steps that the answers to one draw of prompts are split into.", ge=1)

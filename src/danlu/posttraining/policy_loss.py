@@ -49,7 +49,7 @@ class PolicyLoss:
         self._sums: dict[str, float] = {}
         self._n_tokens = 0
         self._farthest = 0.0
-        self._warned = False
+        self._told = self._warned = False
 
     def __call__(self, batch: PolicyBatch) -> Tensor:
         packed, options = batch.packed(), self.options
@@ -99,6 +99,12 @@ class PolicyLoss:
         n = max(1, self._n_tokens)
         found: Numbers = {name: total / n for name, total in self._sums.items()}
         apart = self._sums.get("rollout_mismatch", 0.0) / n
+        if self._farthest > TOLERANCE[self.model.dtype] and not self._told:
+            self._told = True
+            console.note(
+                f"the engine's log-probabilities are up to {self._farthest:.2g} nats from the trainer's (its sums are "
+                "rounded otherwise); losses are corrected for it. rollout_mismatch in metrics.jsonl"
+            )
         if apart > ALARMING and not self._warned:
             self._warned = True
             console.warn(

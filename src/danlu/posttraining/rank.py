@@ -22,7 +22,7 @@ from danlu.hub.pull import with_models
 from danlu.models.causal_lm import CausalLM
 from danlu.models.load import load_model
 from danlu.posttraining.rank_config import RankConfig
-from danlu.posttraining.rollouts import RolloutEngine
+from danlu.posttraining.rollouts import RolloutEngine, longest_prompt
 from danlu.posttraining.verifiers import Sample, Verifiers, model_folders
 from danlu.tokenizer.tokenizer import Tokenizer
 
@@ -58,15 +58,12 @@ def rank(config: RankConfig) -> Path:
             device = hardware.pick_device(config.device)
             model, tokenizer = load_model(config.model, CausalLM), Tokenizer.load(config.model)
             model.to(device).compute_dtype = hardware.DTYPES[hardware.pick_precision(config.precision, device)]
-            longest = config.max_prompt + config.max_new_tokens
-            if longest > model.config.context:
-                raise DanluError(
-                    f"max_prompt ({config.max_prompt}) and max_new_tokens ({config.max_new_tokens}) together are more "
-                    f"than the context of {config.model} ({model.config.context}); lower one"
-                )
-            prompts = _prompts(config, tokenizer)
+            max_prompt = longest_prompt(config, model.config.context)
+            prompts = _prompts(config, tokenizer, max_prompt)
             verifiers = opened.enter_context(Verifiers.within(config, config.reward))
-            engine = RolloutEngine(model, tokenizer, context=longest, max_running=config.max_running)
+            engine = RolloutEngine(
+                model, tokenizer, context=max_prompt + config.max_new_tokens, max_running=config.max_running
+            )
             opened.callback(engine.close)
         ranker = Ranker(config, engine, verifiers)
         counts = {part: ranker.write(config.out / name, prompts[part]) for part, name in PARTS.items()}
@@ -85,9 +82,9 @@ def rank(config: RankConfig) -> Path:
     return config.out
 
 
-def _prompts(config: RankConfig, tokenizer: Tokenizer) -> dict[str, list[Prompt]]:
+def _prompts(config: RankConfig, tokenizer: Tokenizer, max_prompt: int) -> dict[str, list[Prompt]]:
     train, held_out = read_prompts(
-        config.data, tokenizer, longest=config.max_prompt, heldout=config.heldout, share=config.heldout_share,
+        config.data, tokenizer, longest=max_prompt, heldout=config.heldout, share=config.heldout_share,
         on_error=config.on_error,
     )  # fmt: skip
     for prompt in (*train, *held_out):

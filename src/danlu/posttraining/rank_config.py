@@ -26,7 +26,9 @@ class RankConfig(SandboxOptions):
     n: int = option(4, "Answers to each prompt.", ge=2, le=128)
     limit: int | None = option(None, "Only so many prompts to learn from, drawn with the seed.", ge=1)
     heldout_limit: int | None = option(None, "Only so many held-out prompts.", ge=1)
-    max_prompt: int = option(512, "Longest prompt; longer ones are left out.", unit="tokens", ge=1)
+    max_prompt: int | None = option(
+        None, "Longest prompt; longer ones are left out; default 512, or what the context leaves.", unit="tokens", ge=1
+    )
     max_new_tokens: int = option(256, "Longest answer.", unit="tokens", ge=1)
     temperature: float = option(1.0, "Of the answers.", gt=0, le=10)
     heldout: Path | None = option(None, "File of held-out prompts; else as the data are split, else a share of them.")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from danlu.data.packed_examples import Example
 from danlu.data.prompts import Prompt
@@ -17,8 +18,39 @@ from danlu.engine.config import SamplingParams
 from danlu.engine.engine import Engine
 from danlu.engine.engine_config import EngineConfig
 from danlu.engine.request import Completion
+from danlu.errors import DanluError
 from danlu.models.causal_lm import CausalLM
 from danlu.tokenizer.tokenizer import Tokenizer
+
+LONGEST_PROMPT = 512
+"""Tokens, where nothing is said and the context has room."""
+
+
+class Lengths(Protocol):
+    """Options of what draws answers."""
+
+    @property
+    def max_prompt(self) -> int | None: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+def longest_prompt(options: Lengths, context: int) -> int:
+    """Tokens of the longest prompt that is answered, by a model that reads ``context``.
+
+    Raises:
+        DanluError: with the longest answer it is more than the context.
+    """
+    prompt, answer = options.max_prompt, options.max_new_tokens
+    if prompt is None:
+        prompt = min(LONGEST_PROMPT, context - answer)
+    if prompt < 1 or prompt + answer > context:
+        together = "is" if options.max_prompt is None else f"and max_prompt ({prompt}) together are"
+        raise DanluError(
+            f"max_new_tokens ({answer}) {together} more than the context of the model ({context}) has room for; "
+            "lower it"
+        )
+    return prompt
 
 
 @dataclass(frozen=True)

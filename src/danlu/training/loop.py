@@ -229,7 +229,12 @@ class Trainer:
             advance(progress.step)
             while progress.step < self.total_steps:
                 begin, tokens_before = time.perf_counter(), progress.tokens
-                loss, grad_norm, lr = self._step()
+                try:
+                    loss, grad_norm, lr = self._step()
+                except DanluError:  # a verifier that fails, say: what has been learned is not lost with it
+                    if progress.step:
+                        self._save()
+                    raise
                 hardware.synchronize(self.device)
                 more = {} if self.step_numbers is None else self.step_numbers()
                 seconds = time.perf_counter() - begin
@@ -271,6 +276,11 @@ class Trainer:
                     console.warn(f"{out}: ended at step {progress.step} of {self.total_steps}: {reason}")
                     self.stopped_early = reason
                     break
+        if progress.skipped == progress.step > 0:
+            raise DanluError(
+                f"{out}: every step was skipped, since no loss was finite; nothing was learned. Look at the data and "
+                "at what is rewarded, and begin again with --overwrite"
+            )
         return self._metrics(found, flops_per_token)
 
     def _step(self) -> tuple[float, float, float]:

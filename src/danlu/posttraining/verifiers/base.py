@@ -26,6 +26,10 @@ class Sample:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+MOST = 1e6
+"""No score is further from 0: beyond, 32-bit numbers cannot tell answers apart, nor sum their squares."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one verifier says.

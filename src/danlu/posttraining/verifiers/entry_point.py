@@ -7,13 +7,12 @@ with more memory: a function that raises, hangs, is killed or gives something el
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from danlu.posttraining.verifiers.base import Sample, Verdict
+from danlu.posttraining.verifiers.base import MOST, Sample, Verdict
 from danlu.posttraining.verifiers.workers import WorkerError, Workers
 
 NAME = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
@@ -57,8 +56,8 @@ class EntryPoint:
         if "problem" in reply:
             return Verdict(None, f"{self._name} {reply['problem']}")
         score = reply["score"]
-        if not math.isfinite(score):
-            return Verdict(None, f"{self._name} gave {score}")
+        if not abs(score) <= MOST:
+            return Verdict(None, f"{self._name} gave {score}; scores are numbers of at most {MOST:,.0f}")
         return Verdict(float(score), reply["reason"])
 
     def close(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from danlu.errors import DanluError
-from danlu.posttraining.verifiers.base import Sample, Verdict
+from danlu.posttraining.verifiers.base import MOST, Sample, Verdict
 
 if TYPE_CHECKING:
     from danlu.data.preferences import Messages
@@ -24,6 +23,10 @@ class ModelScore:
     """
 
     def __init__(self, path: Path) -> None:
+        if (path / "adapter_config.json").is_file():
+            raise DanluError(
+                f"model={path}: is an adapter; make a model of it first: danlu merge BASE {path} --out OUT"
+            )
         if not (path / "config.json").is_file():
             raise DanluError(f"model={path}: is no model folder; name one that `danlu reward` made")
         self._path = path
@@ -43,7 +46,7 @@ class ModelScore:
         verdicts = [Verdict(None, f"the reward model cannot read it: {problem}") for problem in problems]
         scores = score_answers(model, tokenizer, [prompts[i] for i in readable], [samples[i].answer for i in readable])
         for i, score in zip(readable, scores, strict=True):
-            verdicts[i] = Verdict(score) if math.isfinite(score) else Verdict(None, f"the model gave {score}")
+            verdicts[i] = Verdict(score) if abs(score) <= MOST else Verdict(None, f"the model gave {score}")
         return verdicts
 
     def _open(self) -> tuple[RewardModel, Tokenizer]:
