@@ -119,7 +119,7 @@ def test_it_learns_and_writes_what_peft_opens(base: Path, config: Any, options: 
 
 
 def test_an_adapter_is_for_the_model_it_was_trained_on(config: Any) -> None:
-    whole = {"adapter": "none", "rank": 16, "steps": 1}
+    whole: dict[str, Any] = {"adapter": "none", "rank": None, "steps": 1}
     one, other = finetune(config("one", **whole)), finetune(config("other", **whole, seed=1))
     adapter = finetune(config("adapter", model=one, steps=1))
     open_adapted(adapter, base=one)
