@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from danlu.config import validate
+from danlu.engine.engine import Engine
 from danlu.engine.generate import generate_text
 from danlu.engine.sampling import SamplingParams
 from danlu.engine.verbs import chat, fit_context, generate, open_model
@@ -62,6 +63,18 @@ def test_generate_answers_a_file_of_prompts_in_order(
     assert [row["finish_reason"] for row in rows] == ["length"] * 3
     assert rows[0]["token_ids"] != rows[2]["token_ids"]  # the same prompt twice is two samples
     assert generate(config) == answers
+
+
+def test_log_probabilities_of_the_prompt_are_told(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(GenerateConfig(model=model_folder, prompt="def f(x):", max_new_tokens=1, prompt_logprobs=1, json=True))
+    row = json.loads(capsys.readouterr().out)
+    with Engine(model_folder) as engine:
+        wanted = engine.generate(["def f(x):"], SamplingParams(max_new_tokens=1, prompt_logprobs=1))[0].prompt_logprobs
+    assert wanted is not None
+    assert row["prompt_logprobs"][0] is None
+    for told, one in zip(row["prompt_logprobs"][1:], wanted[1:], strict=True):
+        assert one is not None
+        assert (told["token_id"], told["logprob"]) == (one.token_id, one.logprob)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ def generate(config: GenerateConfig) -> list[str]:
             row = {"prompt": prompt, **dataclasses.asdict(completion)}
             if row["logprobs"] is None:
                 del row["logprobs"]
+            if generation.prompt_logprobs is not None:
+                row["prompt_logprobs"] = [one and dataclasses.asdict(one) for one in generation.prompt_logprobs]
             print(json.dumps(row, ensure_ascii=False), flush=True)
     return [completion.text for generation in generations for completion in generation.completions]
 
