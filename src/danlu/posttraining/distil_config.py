@@ -79,8 +79,8 @@ class DistilConfig(TrainingConfig, HeldOutOptions, LabelledOptions):
     attention_weight: float = option(0.0, "Weight of the loss between attention maps of layers; 0: none.", ge=0)
     layer_map: dict[int, int] = option(
         {},
-        "Which layer of the teacher each layer of the student is compared with, both from 0, as '{0: 1, 1: 3}'; default: "
-        "evenly spread.",
+        "Which layer of the teacher each layer of the student is compared with, both from 0, as '{0: 1, 1: 3}'; "
+        "default: evenly spread.",
     )
 
     teacher_top_k: int = option(
