@@ -1,8 +1,9 @@
 """Whether the last result of an answer is the one that the row expects.
 
 The result is what stands in the last ``\\boxed{}``, else behind the last ``####``, else behind the last "answer is" or
-"answer:", else the last number. Numbers and expressions are compared exactly (``expressions.py``; 0.33 is not 1/3),
-lists and tuples one by one, and what is neither letter by letter, without case and spaces.
+"answer:", else the last formula in LaTeX, where no number comes after it, else the last number. Numbers and expressions
+are compared exactly (``expressions.py``; 0.33 is not 1/3), lists and tuples one by one, and what is neither letter by
+letter, without case and spaces.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ SAID = re.compile(r"answer(?:\s+is|\s*:|\s*=)[\s:=*]*([^\n]+)", re.IGNORECASE)
 NUMBER = re.compile(
     r"(?<![\w.,])[-+−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:[eE][-+]?\d{1,3}\b)?(?:\s*/\s*\d+(?:\.\d+)?)?\s*\\?%?"
 )
+
+FORMULA = re.compile(r"\$([^$\n]+)(?=\$)")
+"""Only with a command of LaTeX in it: other dollars may be a currency."""
 
 
 class MathEqual(OneByOne):
@@ -64,8 +68,10 @@ def result_of(text: str, only_marked: bool = False) -> str | None:
     said: list[str] = SAID.findall(text)
     if said:
         return said[-1].strip("*_`. \t")
-    numbers = [found[0].strip() for found in NUMBER.finditer(text)]
-    return numbers[-1] if numbers else None
+    numbers, formulas = [*NUMBER.finditer(text)], [one for one in FORMULA.finditer(text) if "\\" in one[1]]
+    if formulas and not (numbers and numbers[-1].start() >= formulas[-1].end()):
+        return formulas[-1][1].strip()
+    return numbers[-1][0].strip() if numbers else None
 
 
 def last_boxed(text: str) -> str | None:
