@@ -323,3 +323,7 @@ def test_adapters_are_compared_without_their_base(base: Path, config: Any, tmp_p
     assert found["only_second"] == []
     assert len(found["modules"]) == 2
     assert "all together" in capsys.readouterr().out
+    in_4_bits = finetune(config("4bit", adapter="qlora", steps=1))
+    found = adapters_diff(AdaptersDiffConfig(first=one, second=in_4_bits))
+    assert found["config"]["quantize"] == ["none", "4bit"]
+    assert found["config"]["adapter_start"] == ["zero", "error"]

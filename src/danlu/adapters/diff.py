@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from danlu import console
+from danlu.adapters.open import makes_up_for_4_bits, trained_in
 from danlu.adapters.peft_config import PeftConfig, read_peft_config
 from danlu.adapters.peft_folder import LowRankTensors, read_low_rank
 from danlu.adapters.verbs_config import AdaptersDiffConfig
@@ -57,7 +58,7 @@ def adapters_diff(config: AdaptersDiffConfig) -> dict[str, Any]:
         if name in second[1]
     }
     found: dict[str, Any] = {
-        "config": _differing(first[0], second[0]),
+        "config": _differing((config.first, first[0]), (config.second, second[0])),
         "only_first": [name for name in first[1] if name not in second[1]],
         "only_second": [name for name in second[1] if name not in first[1]],
         "modules": modules,
@@ -78,17 +79,18 @@ def _read(folder: Path) -> Adapter:
     return config, read_low_rank(folder)
 
 
-def _differing(first: PeftConfig, second: PeftConfig) -> dict[str, list[Any]]:
-    def fields(config: PeftConfig) -> dict[str, Any]:
+def _differing(first: tuple[Path, PeftConfig], second: tuple[Path, PeftConfig]) -> dict[str, list[Any]]:
+    def fields(folder: Path, config: PeftConfig) -> dict[str, Any]:
         shape = config.shape
         return {
             "base": config.base, "task": config.task_type, "kind": shape.kind, "rank": shape.rank, "alpha": shape.alpha,
             "rslora": shape.rslora, "dropout": shape.dropout, "targets": sorted(shape.targets),
             "ranks": dict(config.ranks), "alphas": dict(config.alphas),
             "tokens": {name: list(ids) for name, ids in config.token_ids.items()},
+            "quantize": trained_in(folder), "adapter_start": "error" if makes_up_for_4_bits(folder) else "zero",
         }  # fmt: skip
 
-    one, other = fields(first), fields(second)
+    one, other = fields(*first), fields(*second)
     return {name: [one[name], other[name]] for name in one if one[name] != other[name]}
 
 
